@@ -1,16 +1,16 @@
 """Every error and warning that Elision raises. Each message names the value, the limit and the fix.
 
-    ElisionError
-    ├── UnknownName (LookupError)          a method, option or model that does not exist; the nearest one is named
-    ├── OptionError (ValueError)           an option out of its range
-    ├── UnsupportedTarget (TypeError)      a target that the method cannot work on
-    ├── Conflict                           two methods that cannot act together, or a target that is taken
-    ├── ProfileError
-    │   └── ProfileMismatch                a profile that was made for something else
-    ├── ClockError                         the step or the branch of a call cannot be known
-    ├── TapDisplaced                       something replaced a tap, so the method no longer sees the calls
-    ├── Closed                             an `Applied` used after `remove()`
-    └── MissingDependency (ImportError)    an optional package or data set that is not installed
+ElisionError
+├── UnknownName (LookupError)          a method, option or model that does not exist; the nearest one is named
+├── OptionError (ValueError)           an option out of its range
+├── UnsupportedTarget (TypeError)      a target that the method cannot work on
+├── Conflict                           two methods that cannot act together, or a target that is taken
+├── ProfileError
+│   └── ProfileMismatch                a profile that was made for something else
+├── ClockError                         the step or the branch of a call cannot be known
+├── TapDisplaced                       something replaced a tap, so the method no longer sees the calls
+├── Closed                             an `Applied` used after `remove()`
+└── MissingDependency (ImportError)    an optional package or data set that is not installed
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ class Ema:
     def update(self, module: nn.Module) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        ours, theirs = list(self.module.parameters()), list(module.parameters())
-        torch._foreach_lerp_(ours, theirs, 1 - decay)
+        for ours, theirs in zip(self.module.parameters(), module.parameters(), strict=True):
+            ours.lerp_(theirs, 1 - decay)
 
 
 def fit(

@@ -85,5 +85,6 @@ def train_classifier(steps: int = 2400, batch: int = 128, seed: int = 0) -> Garm
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500) -> float:
     """Share of `images` [n, 1, 32, 32] that `model` assigns to `labels` [n]."""
-    hits = [model(x).argmax(-1).eq(y).sum() for x, y in zip(images.split(batch), labels.split(batch), strict=True)]
+    pairs = zip(torch.split(images, batch), torch.split(labels, batch), strict=True)
+    hits = [model(x).argmax(-1).eq(y).sum() for x, y in pairs]
     return float(torch.stack(hits).sum()) / len(images)

@@ -1,0 +1,1 @@
+"""Reuse across denoising steps: clock, sites, schedules, predictors, and the methods made of them."""

@@ -1,0 +1,151 @@
+"""Adapters as data: where blocks, branches and the head of a denoiser lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+
+from elision.denoise.sites import Call, Kind, Level, Site, parameter_names
+from elision.errors import UnsupportedTarget
+
+Modulated = Callable[[nn.Module, Call], Tensor]
+
+
+@dataclass(frozen=True)
+class BranchSpec:
+    """One sub-block whose output is added to the residual stream.
+
+    Attributes:
+        tail: module, relative to the block, whose output is the branch before its gate.
+        kind: what it computes.
+        feeders: modules whose output only the tail reads.
+        streams: names of the values that the tail returns, for joint attention.
+    """
+
+    tail: str
+    kind: Kind
+    feeders: tuple[str, ...] = ()
+    streams: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One block class: the streams it takes and returns (in return order), and its branches in call order."""
+
+    streams: tuple[str, ...]
+    branches: tuple[BranchSpec, ...]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One denoiser class.
+
+    Attributes:
+        model_class: its name in diffusers.
+        latent: parameter that holds the latent.
+        timestep: parameter that holds the time, None if there is none.
+        lists: attributes that hold the blocks, in call order.
+        blocks: what the block classes look like.
+        head: the module that ends the denoiser; what follows it only reshapes.
+        image: the stream that the head reads.
+        batched: which half of a call that carries both guidance branches is conditional, in diffusers' pipelines.
+        modulated: the input of the first block after its own modulation (TeaCache's indicator).
+        known: False for the generic adapter.
+    """
+
+    model_class: str
+    latent: str = "hidden_states"
+    timestep: str | None = "timestep"
+    lists: tuple[str, ...] = ()
+    blocks: Mapping[str, BlockSpec] = field(default_factory=dict)
+    head: str | None = None
+    image: str = "hidden_states"
+    batched: Literal["uncond first", "cond first"] = "uncond first"
+    modulated: Modulated | None = None
+    known: bool = True
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """The levels at which this class has sites."""
+        return ("model", "head", "stack", "run", "branch") if self.lists else ("model",)
+
+    def block_paths(self, model: nn.Module) -> list[str]:
+        """Paths of all blocks, in call order."""
+        return [f"{name}.{i}" for name in self.lists for i in range(len(model.get_submodule(name)))]  # type: ignore[arg-type]
+
+    def spec(self, model: nn.Module, path: str) -> BlockSpec:
+        """What the block at `path` looks like; refuses classes that are not in the table."""
+        block = model.get_submodule(path)
+        for cls in type(block).__mro__:
+            if cls.__name__ in self.blocks:
+                return self.blocks[cls.__name__]
+        raise UnsupportedTarget(
+            f"{path} of {type(model).__name__} is a {type(block).__name__}, which this adapter does not know; "
+            f"known: {', '.join(self.blocks)}; use a method at the site 'model'"
+        )
+
+    def sites(self, model: nn.Module, level: Level, method: str) -> list[Site]:
+        """The sites of one level: one each for model, head and stack, one per branch of every block."""
+        if level == "model":
+            return [Site("model", "model", "")]
+        if not self.lists:
+            raise UnsupportedTarget(
+                f"{method} works at the site {level!r}, and {self.model_class} has no adapter that says where that is: "
+                f"use a method at the site 'model', or one of {', '.join(_known())}"
+            )
+        paths = self.block_paths(model)
+        if level == "head":
+            assert self.head is not None
+            return [Site("head", "head", self.head, blocks=tuple(paths))]
+        if level == "stack":
+            return [self.run(model, 0, len(paths), key="stack", level="stack", only=(self.image,))]
+        if level == "branch":
+            return [site for path in paths for site in self._branches(model, path)]
+        raise UnsupportedTarget(f"sites of level {level!r} are named by their blocks: use run(first, stop)")
+
+    def run(
+        self,
+        model: nn.Module,
+        first: int,
+        stop: int,
+        key: str | None = None,
+        level: Literal["stack", "run"] = "run",
+        only: tuple[str, ...] = (),
+    ) -> Site:
+        """The site of the blocks `first` to `stop - 1` (counted over all lists)."""
+        paths = self.block_paths(model)[first:stop]
+        streams = self.spec(model, paths[-1]).streams
+        return Site(key or f"run.{first}-{stop - 1}", level, paths[-1], (), tuple(paths), streams, only)
+
+    def _branches(self, model: nn.Module, path: str) -> list[Site]:
+        block = model.get_submodule(path)
+        return [
+            Site(
+                f"{path}.{branch.tail}",
+                "branch",
+                f"{path}.{branch.tail}",
+                tuple(f"{path}.{feeder}" for feeder in branch.feeders),
+                streams=branch.streams,
+                kind=branch.kind,
+            )
+            for branch in self.spec(model, path).branches
+            if getattr(block, branch.tail, None) is not None
+        ]
+
+
+def generic(model: nn.Module) -> Adapter:
+    """An adapter for any denoiser: the latent is its first parameter, the time the one that is called so."""
+    names = parameter_names(model)
+    if not names:
+        raise UnsupportedTarget(f"{type(model).__name__}.forward takes no argument, so it is no denoiser")
+    timestep = next((n for n in names if n in ("timestep", "timesteps", "t", "sigma", "time")), None)
+    return Adapter(type(model).__name__, latent=names[0], timestep=timestep, known=False)
+
+
+def _known() -> list[str]:
+    from elision.denoise.adapters import ADAPTERS  # this module is imported by that one
+
+    return sorted(ADAPTERS)

@@ -1,0 +1,36 @@
+"""`FluxTransformer2DModel`: two-stream blocks, then single-stream blocks that fuse attention and MLP."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from elision.denoise.adapters._base import Adapter, BlockSpec, BranchSpec
+from elision.denoise.sites import Call
+
+_STREAMS = ("encoder_hidden_states", "hidden_states")
+
+
+def _modulated(block: nn.Module, call: Call) -> Tensor:
+    out: Tensor = block.norm1(call.x, emb=call.get("temb"))[0]  # type: ignore[operator]
+    return out
+
+
+FLUX = Adapter(
+    "FluxTransformer2DModel",
+    lists=("transformer_blocks", "single_transformer_blocks"),
+    blocks={
+        "FluxTransformerBlock": BlockSpec(
+            _STREAMS,
+            (
+                BranchSpec("attn", "joint", streams=("hidden_states", "encoder_hidden_states", "ip_hidden_states")),
+                BranchSpec("ff", "mlp"),
+                BranchSpec("ff_context", "mlp"),
+            ),
+        ),
+        "FluxSingleTransformerBlock": BlockSpec(
+            _STREAMS, (BranchSpec("proj_out", "fused", feeders=("proj_mlp", "attn")),)
+        ),
+    },
+    head="proj_out",
+    modulated=_modulated,
+)

@@ -1,0 +1,43 @@
+"""Which methods can act together: a pure function on what each of them decides and holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations
+
+from elision.denoise.policy import Claims
+from elision.errors import Conflict
+
+
+def conflict(a: Claims, b: Claims) -> str | None:
+    """Why two methods cannot act together, None if they can.
+
+    They cannot when both replace the same value; when one replaces a value outside the other, which then misses steps,
+    unless the inner one tolerates gaps; or when both hold the same control of the sampler.
+    """
+    same = a.decides & b.decides
+    if same:
+        return f"both decide {_some({site.key for site in same})}"
+    for outer, inner in ((a, b), (b, a)):
+        hidden = {i.key for o in outer.decides for i in inner.decides if o.contains(i)}
+        if hidden and inner.needs_every_step:
+            return f"one skips {_some(hidden)} at some steps, and the other must see every step"
+        if hidden and not inner.tolerates_gaps:
+            return f"one skips {_some(hidden)} at some steps, and the other does not tolerate gaps"
+    held = a.controls & b.controls
+    if held:
+        return f"both hold {', '.join(sorted(held))}"
+    return None
+
+
+def check(claims: Mapping[str, Claims]) -> None:
+    """Raise `Conflict` for the first pair that cannot act together."""
+    for (name_a, a), (name_b, b) in combinations(claims.items(), 2):
+        reason = conflict(a, b)
+        if reason:
+            raise Conflict(f"{name_a} and {name_b} cannot be applied together: {reason}")
+
+
+def _some(keys: set[str]) -> str:
+    names = sorted(keys)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,395 @@
+"""The denoise engine: installs plans on a pipeline or a denoiser, keeps the clock and the books."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elision.denoise.adapters import Adapter, adapter_for
+from elision.denoise.compose import check
+from elision.denoise.policy import DenoiseMethod, Host, Plan
+from elision.denoise.report import DenoiseReport, RunRecord, StepRecord, Tally
+from elision.denoise.runtime import HostRuntime
+from elision.denoise.steps import Clock, Context, Step
+from elision.errors import ElisionWarning, OptionError, ProfileError
+from elision.hooks.diffusers import Target, inspect_target, tap_cache_context, tap_scheduler, tappable, unwrap
+from elision.method import Method
+from elision.profile import Profile, fingerprint
+from elision.session import Applied, Seconds, storage_bytes
+
+_DETAILED_RUNS = 64
+
+
+def attach(
+    target: Any,
+    methods: Sequence[Method],
+    *,
+    steps: int | Sequence[float] | None = None,
+    cond: slice | None = None,
+    profile: Profile | str | Path | Mapping[str, Profile | str | Path] | None = None,
+    force: bool = False,
+    shadow: bool = False,
+) -> DenoiseApplied:
+    """Install methods on a diffusers pipeline or on its denoiser.
+
+    Args:
+        target: a pipeline (its `transformer`, `transformer_2`, `unet` or `prior`), or the denoiser itself.
+        methods: option objects of this family.
+        steps: number of steps (or the timesteps) of every run; needed for bare denoisers by methods that must know
+            where the run ends, ignored where a scheduler tells.
+        cond: conditional rows of calls that carry both guidance branches; by default found from the adapter.
+        profile: what `elision.fit` made, or its path; with several methods a mapping from method name.
+        force: use a profile although its fingerprint differs.
+        shadow: also compute the true value at every stand-in and report the relative error.
+    """
+    mine = [m for m in methods if isinstance(m, DenoiseMethod)]
+    return DenoiseApplied(
+        inspect_target(target), mine, steps=steps, cond=cond, profile=profile, force=force, shadow=shadow
+    )
+
+
+class DenoiseApplied(Applied):
+    """Denoise methods at work; see `elision.apply`."""
+
+    def __init__(
+        self,
+        target: Target,
+        methods: Sequence[DenoiseMethod],
+        *,
+        steps: int | Sequence[float] | None = None,
+        cond: slice | None = None,
+        profile: Any = None,
+        force: bool = False,
+        shadow: bool = False,
+    ) -> None:
+        super().__init__(methods)
+        self.target = target
+        self.shadow = shadow
+        self.seconds = Seconds()
+        self.clock = Clock(steps)
+        self._cond = cond
+        self._steps = steps if steps is None or isinstance(steps, int) else len(steps)
+        self._notes: list[str] = []
+        self.hosts: list[HostRuntime] = []
+        self._run: RunRecord | None = None
+        self._runs: deque[RunRecord] = deque(maxlen=_DETAILED_RUNS)
+        self._run_count = self._held = self._peak = 0
+        self._totals: dict[str, int] = {}
+        self._final: DenoiseReport | None = None
+        self._zero()
+        plans = [self._plan(module, profile, force) for module in target.denoisers]
+        try:
+            self._install(plans)
+        except BaseException:
+            self._closed = False
+            self.remove()
+            raise
+
+    # -- installing ----------------------------------------------------------------------------------------------
+
+    def _plan(self, module: torch.nn.Module, profile: Any, force: bool) -> tuple[Host, torch.nn.Module, list[Plan]]:
+        model = unwrap(module)
+        host = Host(model, adapter_for(model), self.target.scheduler)
+        if not host.adapter.known:
+            self._note(f"{type(model).__name__} has no adapter: only the site 'model' is available on it")
+        plans: list[Plan] = []
+        for method in self.methods:
+            assert isinstance(method, DenoiseMethod)
+            plan = method.plan(host, self._profile(method, host, profile, force))
+            if plan.claims.needs_total and self._steps is None and not tappable(self.target.scheduler):
+                raise OptionError(
+                    f"{method.name} must know the number of steps, and a bare {type(model).__name__} cannot tell: "
+                    f"pass steps=, as in elision.apply(model, {method.name!r}, steps=28)"
+                )
+            plans.append(plan)
+        check({m.name: plan.claims for m, plan in zip(self.methods, plans, strict=True)})
+        return host, module, plans
+
+    def _profile(self, method: DenoiseMethod, host: Host, given: Any, force: bool) -> Profile | None:
+        if isinstance(given, Mapping):
+            given = given.get(method.name)
+        if given is None:
+            if method.needs_profile:
+                raise ProfileError(
+                    f"{method.name} needs a profile: make one with elision.fit(target, {method.name!r}, calls=...) "
+                    "and pass it as profile="
+                )
+            return None
+        loaded = given if isinstance(given, Profile) else Profile.load(given)
+        here = fingerprint(method.name, host.model, host.scheduler, self._steps)
+        for difference in loaded.check(here, force):
+            self._note(f"profile used by force although it differs: {difference}")
+        return loaded
+
+    def _install(self, plans: list[tuple[Host, torch.nn.Module, list[Plan]]]) -> None:
+        for host, module, mine in plans:
+            self._own(host.model)
+            groups = [group for plan in mine for group in plan.groups]
+            for plan in mine:
+                for note in plan.notes:
+                    self._note(note)
+            self.hosts.append(HostRuntime(host, module, groups, self))
+        for runtime in self.hosts:
+            try:
+                runtime.install()
+            finally:
+                self._taps.extend(runtime.taps)
+            self._taps.extend(tap_cache_context(runtime.model, self._enter_context))
+        self._follow_scheduler()
+
+    def _follow_scheduler(self) -> bool:
+        """Tap the pipeline's scheduler; true if it is another one than before (users swap it)."""
+        scheduler = self.target.scheduler
+        if scheduler is self.clock.scheduler or not tappable(scheduler):
+            return False
+        self.clock.scheduler = scheduler
+        self._taps.extend(tap_scheduler(scheduler, self._begin, self._advance))
+        return True
+
+    # -- told by taps --------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        self.clock.begin()
+
+    def _advance(self) -> None:
+        self.clock.advance()
+        for host in self.hosts:
+            host.check_in_place()
+        run = self._run
+        if run is not None and run.total is not None and len(run.steps) >= run.total:
+            self._end_run()
+
+    def _enter_context(self, name: str, metadata: dict[str, Any]) -> Callable[[], None]:
+        before = self.clock.context
+        time, sigma = (None if metadata.get(k) is None else float(metadata[k]) for k in ("timestep", "sigma"))
+        self.clock.context = Context(name, metadata.get("step_index"), metadata.get("num_inference_steps"), time, sigma)
+
+        def leave() -> None:
+            self.clock.context = before
+
+        return leave
+
+    @contextmanager
+    def step(self, branch: str) -> Iterator[None]:
+        """Name the guidance branch of the denoiser calls in the body, for hand-written loops.
+
+        Example:
+            with run.step("cond"): v_cond = model(x, t, text)
+            with run.step("uncond"): v_uncond = model(x, t, empty)
+        """
+        self._open("step()")
+        leave = self._enter_context(branch, {})
+        try:
+            yield
+        finally:
+            leave()
+
+    # -- asked by runtimes ---------------------------------------------------------------------------------------
+
+    def tick(self, timestep: Any, x: Tensor) -> Step:
+        """The step of a denoiser call; closes the books of the last run where a new one begins."""
+        if (
+            self.target.pipeline is not None
+            and self._follow_scheduler()
+            and getattr(self.target.scheduler, "timesteps", None) is not None
+        ):
+            self.clock.begin()  # the swapped-in scheduler was set up before we saw it
+        step, new = self.clock.tick(timestep, x.shape)
+        if new:
+            self._end_run()
+            self.clock.cond = self._rows(x, self.hosts[0].host.adapter)
+            step = replace(step, cond=self.clock.cond)
+            self._start_run(step)
+        assert self._run is not None
+        if not self._run.steps or self._run.steps[-1].n != step.n:
+            self._run.steps.append(StepRecord(step.n, step.t, step.sigma))
+        return step
+
+    def _rows(self, x: Tensor, adapter: Adapter) -> slice | None:
+        """The conditional rows of a call that carries both guidance branches, None if it carries one."""
+        if self._cond is not None:
+            return self._cond
+        half = len(x) // 2
+        named = self.clock.context.name
+        if not adapter.known or len(x) % 2 or named not in ("", "cond_uncond") or not torch.equal(x[:half], x[half:]):
+            return None
+        return slice(half, None) if adapter.batched == "uncond first" else slice(None, half)
+
+    def tally(self, step: Step, group: str) -> Tally:
+        """The tally of a group in the current step."""
+        assert self._run is not None
+        groups = self._run.steps[-1].groups
+        return groups.setdefault(group, Tally())
+
+    def weigh(self) -> None:
+        """Count the bytes that are kept, after a call."""
+        self._held = storage_bytes(t for host in self.hosts for t in host.tensors())
+        self._peak = max(self._peak, self._held)
+
+    # -- runs ----------------------------------------------------------------------------------------------------
+
+    def _start_run(self, step: Step) -> None:
+        self._run = RunRecord(self._run_count, step.total)
+        self._run_count += 1
+        self._runs.append(self._run)
+        if step.total is None:
+            return
+        for host in self.hosts:
+            for group in host.groups:
+                complaint = group.schedule.complaint(step.total)
+                if complaint:
+                    self._warn(f"{group.group.name}: {complaint}")
+
+    def _end_run(self) -> None:
+        run, self._run = self._run, None
+        if run is None:
+            return
+        totals = self._totals
+        for record in run.steps:
+            totals[record.state] += 1
+            for tally in record.groups.values():
+                totals["outputs_computed"] += tally.computed
+                totals["outputs_stood_in"] += tally.stood_in
+        self._note_schedules()
+        self._note_not_finite()
+        numbers = {g.group.name: g.schedule.numbers() for h in self.hosts for g in h.groups}
+        for host in self.hosts:
+            host.forget()
+        self._held = 0
+        self._warn_if_idle(run, numbers)
+
+    def _note_schedules(self) -> None:
+        for host in self.hosts:
+            for group in host.groups:
+                for note in group.schedule.notes():
+                    self._note(f"{group.group.name}: {note}")
+
+    def _note_not_finite(self) -> None:
+        for host in self.hosts:
+            bad = [(run, n, branch) for run, n, branch, finite in host.finite if not bool(finite)]
+            host.finite.clear()
+            if bad:
+                run, n, branch = bad[0]
+                where = f"step {n}" + (f" ({branch})" if branch else "")
+                self._note(f"run {run}: {len(bad)} outputs of the denoiser were not finite, the first at {where}")
+
+    def _warn_if_idle(self, run: RunRecord, numbers: Mapping[str, str]) -> None:
+        if not run.steps or any(tally.stood_in for record in run.steps for tally in record.groups.values()):
+            return
+        reasons: dict[str, dict[str, int]] = {}
+        for record in run.steps:
+            for name, tally in record.groups.items():
+                for why, times in tally.reasons.items():
+                    per = reasons.setdefault(name, {})
+                    per[why] = per.get(why, 0) + times
+        for name, per in reasons.items():
+            why = ", ".join(f"{times} {reason}" for reason, times in per.items())
+            extra = f" ({numbers[name]})" if numbers.get(name) else ""
+            self._warn(f"{name} elided nothing in {len(run.steps)} steps: {why}{extra}")
+
+    def _warn(self, text: str) -> None:
+        self._note(text)
+        warnings.warn(text, ElisionWarning, stacklevel=2)
+
+    def _note(self, text: str) -> None:
+        if text not in self._notes:
+            self._notes.append(text)
+
+    # -- the face ------------------------------------------------------------------------------------------------
+
+    def report(self) -> DenoiseReport:
+        """What happened since `apply` or `reset()`, including the run in progress."""
+        report = copy.copy(self._final) if self._final is not None else self._summary()
+        report.notes = list(self._notes)
+        return report
+
+    def _summary(self) -> DenoiseReport:
+        current = [] if self._run is None else self._run.steps
+        totals = dict(self._totals)
+        for record in current:
+            totals[record.state] += 1
+            for tally in record.groups.values():
+                totals["outputs_computed"] += tally.computed
+                totals["outputs_stood_in"] += tally.stood_in
+        flops = [host.flops() for host in self.hosts]
+        known = [f for f in flops if f is not None]
+        complete = len(known) == len(flops)
+        calls = sum(sum(host.calls.values()) for host in self.hosts)
+        elided = sum(n for host in self.hosts for (_, site), n in host.stood_in.items() if site.level == "model")
+        return DenoiseReport(
+            methods=[str(m) for m in self.methods],
+            target=self.target.name,
+            bytes_held=self._held,
+            bytes_peak=self._peak,
+            seconds=copy.copy(self.seconds),
+            sites={g.group.name: len(g.group.sites) for host in self.hosts for g in host.groups},
+            runs=[copy.deepcopy(run) for run in self._runs],
+            run_count=self._run_count,
+            steps_computed=totals["computed"],
+            steps_reused=totals["reused"],
+            steps_predicted=totals["predicted"],
+            steps_mixed=totals["mixed"],
+            calls=calls,
+            calls_elided=elided,
+            outputs_computed=totals["outputs_computed"],
+            outputs_stood_in=totals["outputs_stood_in"],
+            flops_computed=sum(f[0] for f in known) if complete else None,
+            flops_elided=sum(f[1] for f in known) if complete else None,
+            shadow=[error for host in self.hosts for error in host.errors()],
+        )
+
+    def compile(self, **options: Any) -> None:
+        """`torch.compile` the target strictly below the taps; undone by `remove()`.
+
+        Args:
+            **options: passed to `torch.compile`.
+        """
+        self._open("compile()")
+        for host in self.hosts:
+            finest = host.inner_paths
+            taps = [t for t in host.taps if t.owner is not host.outer] if finest else host.taps[:1]
+            done: set[int] = set()
+            for tap in taps:
+                inside = any(
+                    p != q and q.startswith(p + ".") for q in finest for p in finest if host.module(p) is tap.owner
+                )
+                if id(tap.owner) not in done and not inside:
+                    done.add(id(tap.owner))
+                    tap.swap_base(lambda inner: torch.compile(inner, **options))
+
+    def _zero(self) -> None:
+        self._run = None
+        self._runs.clear()
+        self._run_count = self._held = self._peak = 0
+        names = ("computed", "reused", "predicted", "mixed", "outputs_computed", "outputs_stood_in")
+        self._totals = dict.fromkeys(names, 0)
+        self._final = None
+
+    def _clear(self) -> None:
+        self._zero()
+        self.seconds.deciding = self.seconds.standing_in = self.seconds.computing = 0.0
+        self.clock.restart()
+        self._notes = [n for n in self._notes if "no adapter" in n or "by force" in n]
+        for host in self.hosts:
+            host.forget()
+            host.calls.clear()
+            host.stood_in.clear()
+            host.finite.clear()
+            host.shadow_errors.clear()
+
+    def _finish(self) -> None:
+        lost = [host for host in self.hosts if not host.calls]
+        self._end_run()
+        if lost and len(lost) == len(self.hosts) and self._run_count == 0:
+            self._note("the target was never called while the method was applied")
+        self._final = self._summary()
+        self.hosts = []

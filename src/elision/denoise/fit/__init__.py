@@ -1,0 +1,1 @@
+"""Offline parts of denoise methods, and the recorder they share."""

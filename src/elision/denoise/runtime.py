@@ -1,0 +1,466 @@
+"""One tapped denoiser at work: its sites decide, compute, observe and stand in while a run goes by."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from elision.denoise import flops
+from elision.denoise.policy import Decision, Group, Host, Predictor, Schedule
+from elision.denoise.report import ShadowError, Tally
+from elision.denoise.sites import Call, Site, argument, first_tensor, parameter_names
+from elision.denoise.steps import Step
+from elision.errors import TapDisplaced, UnsupportedTarget
+from elision.hooks.diffusers import Form, unwrap
+from elision.hooks.taps import Inner, Tap, is_compiled, tap_call
+
+if TYPE_CHECKING:
+    from elision.denoise.engine import DenoiseApplied
+
+Args: TypeAlias = tuple[Any, ...]
+Kwargs: TypeAlias = dict[str, Any]
+_NO_HISTORY = Decision(False, "no history")
+
+
+class GroupRuntime:
+    """One group of sites during one run: the schedule, asked once per scope."""
+
+    def __init__(self, group: Group, host: HostRuntime) -> None:
+        self.group = group
+        self.host = host
+        self.schedule: Schedule = group.schedule()
+        self._key: Any = None
+        self._decision = _NO_HISTORY
+
+    def restart(self) -> None:
+        """Fresh state for a new run."""
+        self.schedule = self.group.schedule()
+        self._key = None
+
+    def decide(self, site: Site, call: Call) -> Decision:
+        """The schedule's decision for this call; counted once per scope."""
+        step = self.host.step
+        scope = self.schedule.scope
+        key = step.n if scope == "step" else (step.n, step.branch) if scope == "branch" else (step.n, step.branch, site)
+        if key != self._key:
+            self._decision = self.schedule.decide(step, site, call)
+            self._key = key
+            self.host.tally(self.group.name).reasons[self._decision.reason] += 1
+        return self._decision
+
+
+class SiteRuntime:
+    """One site during one run: its predictors, and the wraps around its modules."""
+
+    def __init__(self, site: Site, group: GroupRuntime) -> None:
+        self.site = site
+        self.group = group
+        self.host = group.host
+        self.predictors: dict[tuple[str, str], Predictor] = {}
+        self._forms: dict[Any, Any] = {}
+        self._visit = -1
+        self._done = -1
+        self._decision = _NO_HISTORY
+        self._call: Call | None = None
+        self._names = {path: parameter_names(self.host.module(path)) for path in sorted(site.modules)}
+
+    def restart(self) -> None:
+        """Forget the predictors of the last run."""
+        self.predictors = {}
+        self._visit = self._done = -1
+        self._call = None
+
+    def tensors(self) -> Iterable[Tensor]:
+        """What the predictors keep."""
+        for predictor in self.predictors.values():
+            yield from predictor.tensors()
+
+    # -- wraps ---------------------------------------------------------------------------------------------------
+
+    def on_feeder(self, path: str) -> Callable[[Inner, Args, Kwargs], Any]:
+        """A module that only feeds the tail: zero width on a stand-in."""
+
+        def wrap(inner: Inner, args: Args, kwargs: Kwargs) -> Any:
+            if self.host.passive or not self._begin(path, args, kwargs).stand_in or self.host.shadow:
+                return inner(*args, **kwargs)
+            x = first_tensor(args, kwargs)
+            return x.new_empty((*x.shape[:-1], 0))
+
+        return wrap
+
+    def on_block(self, path: str) -> Callable[[Inner, Args, Kwargs], Any]:
+        """A block before the tail: hands its streams through on a stand-in."""
+        streams = self.host.host.adapter.spec(self.host.model, path).streams
+        names = self._names[path]
+
+        def wrap(inner: Inner, args: Args, kwargs: Kwargs) -> Any:
+            if self.host.passive or not self._begin(path, args, kwargs).stand_in or self.host.shadow:
+                return inner(*args, **kwargs)
+            through = tuple(argument(names, args, kwargs, name) for name in streams)
+            return through[0] if len(through) == 1 else through
+
+        return wrap
+
+    def on_tail(self, path: str) -> Callable[[Inner, Args, Kwargs], Any]:
+        """The module whose output is the value of the site."""
+
+        def wrap(inner: Inner, args: Args, kwargs: Kwargs) -> Any:
+            if self.host.passive:
+                return inner(*args, **kwargs)
+            decision = self._begin(path, args, kwargs)
+            if self._done == self.host.visit:
+                raise UnsupportedTarget(
+                    f"{path or 'the denoiser'} ran twice in one call (a shared or chunked module), so its output is no "
+                    "single value: turn chunked feed-forward off, or use a method at the site 'model'"
+                )
+            self._done = self.host.visit
+            call = self._call
+            assert call is not None
+            if decision.stand_in and self._form_key(kwargs) in self._forms:
+                return self._stand_in(inner, args, kwargs, call)
+            return self._compute(inner, args, kwargs, call)
+
+        return wrap
+
+    # -- one call ------------------------------------------------------------------------------------------------
+
+    def _begin(self, path: str, args: Args, kwargs: Kwargs) -> Decision:
+        """The decision for this call of the denoiser, made at the first module of the site that is reached."""
+        host = self.host
+        if self._visit == host.visit:
+            return self._decision
+        started = perf_counter()
+        self._visit = host.visit
+        names, adapter = self._names[path], host.host.adapter
+        inputs: dict[str, Tensor] = {}
+        if self.site.level == "model":
+            x = argument(names, args, kwargs, adapter.latent)
+        elif self.site.blocks:
+            streams = adapter.spec(host.model, path).streams
+            inputs = {name: argument(names, args, kwargs, name) for name in streams}
+            x = inputs[adapter.image]
+        else:
+            x = first_tensor(args, kwargs)
+        entry = host.entries.get(self.site.entry)
+        self._call = Call(x, names, args, kwargs, host.module(path), entry, inputs)
+        decision = self.group.decide(self.site, self._call)
+        if decision.stand_in and not self._ready():
+            decision = _NO_HISTORY
+            host.tally(self.group.group.name).reasons[decision.reason] += 1
+        self._decision = decision
+        host.seconds.deciding += perf_counter() - started
+        return decision
+
+    def _ready(self) -> bool:
+        branch, step = self.host.step.branch, self.host.step
+        mine = [p for (name, _), p in self.predictors.items() if name == branch]
+        return bool(mine) and all(p.ready(step) for p in mine)
+
+    def _form_key(self, kwargs: Kwargs) -> Any:
+        if self.site.level != "model":
+            return None
+        call = self._call
+        return True if call is None else call.get("return_dict", True)
+
+    def _compute(self, inner: Inner, args: Args, kwargs: Kwargs, call: Call) -> Any:
+        out = inner(*args, **kwargs)
+        started = perf_counter()
+        values, form = self._split(out)
+        self._forms[self._form_key(kwargs)] = form
+        self._observe(call, values, computed=True)
+        now = perf_counter()
+        self.host.seconds.standing_in += now - started
+        self._update(call, values, computed=True)
+        self.host.seconds.deciding += perf_counter() - now
+        self.host.tally(self.group.group.name).computed += 1
+        return out
+
+    def _stand_in(self, inner: Inner, args: Args, kwargs: Kwargs, call: Call) -> Any:
+        host, step = self.host, self.host.step
+        started = perf_counter()
+        values: dict[str, Tensor] = {}
+        kind = "reused"
+        for (branch, stream), predictor in self.predictors.items():
+            if branch == step.branch:
+                value = predictor.predict(step, call.inputs.get(stream, call.x), call)
+                if self.site.level == "model" and any(value is kept for kept in predictor.tensors()):
+                    value = value.clone()  # what a denoiser returns may be written into
+                values[stream], kind = value, predictor.kind
+        self._observe(call, values, computed=False)
+        now = perf_counter()
+        host.seconds.standing_in += now - started
+        self._update(call, values, computed=False)
+        host.seconds.deciding += perf_counter() - now
+        if host.shadow:
+            self._compare(inner, args, kwargs, values)
+        tally = host.tally(self.group.group.name)
+        setattr(tally, kind, getattr(tally, kind) + 1)
+        host.stood_in[host.signature, self.site] += 1
+        return self._join(self._forms[self._form_key(kwargs)], values, call)
+
+    def _observe(self, call: Call, values: dict[str, Tensor], computed: bool) -> None:
+        step = self.host.step
+        for stream, value in values.items():
+            key = (step.branch, stream)
+            predictor = self.predictors.get(key)
+            if predictor is None:
+                predictor = self.predictors[key] = self.group.group.predictor()
+            if computed and self.site.level == "model":
+                value = value.clone()  # the caller may write into what it is given
+            predictor.observe(step, call.inputs.get(stream, call.x), call, value, computed)
+
+    def _update(self, call: Call, values: dict[str, Tensor], computed: bool) -> None:
+        schedule = self.group.schedule
+        if schedule.listens:
+            image = self.host.host.adapter.image
+            value = values[image] if image in values else next(iter(values.values()))
+            schedule.update(self.host.step, self.site, call, value, computed)
+
+    def _split(self, out: Any) -> tuple[dict[str, Tensor], Any]:
+        """The values that are kept, by stream, and the form to put stand-ins back into."""
+        if self.site.level == "model":
+            value, form = Form.split(out)
+            if not isinstance(value, Tensor):
+                raise UnsupportedTarget(
+                    f"{type(self.host.model).__name__} returned {type(value).__name__}, not a tensor: "
+                    "denoisers that return lists are not supported"
+                )
+            return {"": value}, form
+        if not isinstance(out, (tuple, list)):
+            return {"": out} if len(self.site.streams) != 1 else {self.site.streams[0]: out}, None
+        named = dict(zip(self.site.streams, out, strict=False))
+        if len(out) > len(self.site.streams):
+            raise UnsupportedTarget(f"{self.site.tail} returned {len(out)} values; known: {self.site.streams}")
+        keep = {k: v for k, v in named.items() if isinstance(v, Tensor) and (not self.site.only or k in self.site.only)}
+        return keep, tuple((k, isinstance(v, Tensor)) for k, v in named.items())
+
+    def _join(self, form: Any, values: dict[str, Tensor], call: Call) -> Any:
+        if self.site.level == "model":
+            return form.join(values[""])
+        if form is None:
+            return next(iter(values.values()))
+        return tuple((values.get(name, call.inputs.get(name))) if there else None for name, there in form)
+
+    def _compare(self, inner: Inner, args: Args, kwargs: Kwargs, values: dict[str, Tensor]) -> None:
+        """Shadow mode: compute the true value and keep the relative error of the stand-in."""
+        host = self.host
+        with host.muted():
+            truth, _ = self._split(inner(*args, **kwargs))
+        for stream, value in values.items():
+            norm = torch.linalg.vector_norm(truth[stream].float())
+            error = torch.linalg.vector_norm(value.float() - truth[stream].float()) / norm.clamp_min(1e-30)
+            name = f"{self.site.key}:{stream}" if stream else self.site.key
+            host.shadow_errors.append((host.step.run, host.step.n, host.step.branch, name, error))
+
+
+class HostRuntime:
+    """One denoiser, its groups and sites, and the counters of the session."""
+
+    def __init__(self, host: Host, outer: nn.Module, groups: Iterable[Group], session: DenoiseApplied) -> None:
+        self.host = host
+        self.outer = outer
+        self.model = host.model
+        self.session = session
+        self.seconds = session.seconds
+        self.shadow = session.shadow
+        self.passive = False
+        self.visit = 0
+        self.run = -1
+        self.step = Step(0, 0, None, 0.0)
+        self.signature = 0
+        self.entries: dict[str, Tensor] = {}
+        self.signatures: dict[Any, tuple[int, Args, Kwargs]] = {}
+        self.calls: Counter[int] = Counter()
+        self.stood_in: Counter[tuple[int, Site]] = Counter()
+        self.shadow_errors: list[tuple[int, int, str, str, Tensor]] = []
+        self.finite: list[tuple[int, int, str, Tensor]] = []
+        self.taps: list[Tap] = []
+        self._branches: dict[str, int] = {}
+        self._names = parameter_names(self.model)
+        self.groups = [GroupRuntime(group, self) for group in groups]
+        self.sites = [SiteRuntime(site, group) for group in self.groups for site in group.group.sites]
+        self.check_not_compiled()
+
+    def module(self, path: str) -> nn.Module:
+        """The module at `path` of the denoiser."""
+        return self.model.get_submodule(path)
+
+    def tally(self, group: str) -> Tally:
+        """The tally of a group in the current step."""
+        return self.session.tally(self.step, group)
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Everything that is kept between calls."""
+        for site in self.sites:
+            yield from site.tensors()
+        for group in self.groups:
+            yield from group.schedule.tensors()
+
+    # -- taps ----------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Tap the denoiser and its sites, the outermost first, so that an inner tap runs inside an outer one."""
+        self.taps.append(tap_call(self.outer, self._on_call))
+        order = ("model", "head", "stack", "run", "branch")
+        for site in sorted(self.sites, key=lambda s: order.index(s.site.level)):
+            if site.site.entry:
+                self._tap(site.site.entry, self._on_entry(site.site.entry))
+            for path in site.site.blocks:
+                if path != site.site.tail:
+                    self._tap(path, site.on_block(path))
+            for path in site.site.feeders:
+                self._tap(path, site.on_feeder(path))
+            self._tap(site.site.tail, site.on_tail(site.site.tail))
+
+    def _tap(self, path: str, wrap: Callable[[Inner, Args, Kwargs], Any]) -> None:
+        self.taps.append(tap_call(self.outer if path == "" else self.module(path), wrap))
+
+    def _on_entry(self, path: str) -> Callable[[Inner, Args, Kwargs], Any]:
+        names = parameter_names(self.module(path))
+
+        def wrap(inner: Inner, args: Args, kwargs: Kwargs) -> Any:
+            self.entries[path] = argument(names, args, kwargs, self.host.adapter.image)
+            return inner(*args, **kwargs)
+
+        return wrap
+
+    @property
+    def inner_paths(self) -> set[str]:
+        """Paths of all tapped modules below the denoiser itself."""
+        return {path for site in self.sites for path in (*site.site.modules, site.site.entry)} - {""}
+
+    def check_not_compiled(self) -> None:
+        """Refuse a tap inside a compiled region: it would never be reached."""
+        above = {""} if self.inner_paths else set()
+        for path in self.inner_paths:
+            parts = path.split(".")
+            above |= {".".join(parts[:i]) for i in range(1, len(parts))}
+        for path in sorted(above):
+            module = self.outer if path == "" else self.module(path)
+            if is_compiled(module) or (path == "" and unwrap(module) is not module):
+                raise UnsupportedTarget(
+                    f"{path or type(self.model).__name__} is compiled as a whole, and the method replaces outputs "
+                    "inside it: apply to the uncompiled model and call run.compile(), which compiles below the taps"
+                )
+
+    def check_in_place(self) -> None:
+        """Raise if something replaced a tap after `apply`."""
+        if all(tap.in_place for tap in self.taps):
+            return
+        lost = next(tap for tap in self.taps if not tap.in_place)
+        raise TapDisplaced(
+            f"a tap on {type(lost.owner).__name__} was replaced after apply (usually by compile()), so the method "
+            "would silently do nothing: compile first, or use run.compile()"
+        )
+
+    # -- calls ---------------------------------------------------------------------------------------------------
+
+    def _on_call(self, inner: Inner, args: Args, kwargs: Kwargs) -> Any:
+        if self.passive:
+            return inner(*args, **kwargs)
+        started = perf_counter()
+        seconds = self.seconds
+        before = seconds.deciding + seconds.standing_in
+        self._tick(args, kwargs)
+        seconds.deciding += perf_counter() - started
+        try:
+            out = inner(*args, **kwargs)
+        finally:
+            self.entries.clear()
+            others = seconds.deciding + seconds.standing_in - before
+            seconds.computing += perf_counter() - started - others
+        self._after(out)
+        return out
+
+    def _tick(self, args: Args, kwargs: Kwargs) -> None:
+        adapter = self.host.adapter
+        x = argument(self._names, args, kwargs, adapter.latent)
+        if not isinstance(x, Tensor):
+            raise UnsupportedTarget(
+                f"{type(self.model).__name__} was called with {adapter.latent}={type(x).__name__}, not a tensor"
+            )
+        time = None if adapter.timestep is None else argument(self._names, args, kwargs, adapter.timestep)
+        step = self.session.tick(time, x)
+        self.visit += 1
+        if step.run != self.run:
+            self._restart(step.run)
+        self.step = step
+        if step.branch not in self._branches:
+            self._branches[step.branch] = self._sign(args, kwargs)
+        self.signature = self._branches[step.branch]
+        self.calls[self.signature] += 1
+
+    def _restart(self, run: int) -> None:
+        self.check_in_place()
+        self.check_not_compiled()
+        self.run = run
+        self._branches = {}
+        for group in self.groups:
+            group.restart()
+        for site in self.sites:
+            site.restart()
+
+    def forget(self) -> None:
+        """Free what the run kept."""
+        self.run = -1
+        for group in self.groups:
+            group.restart()
+        for site in self.sites:
+            site.restart()
+
+    def _sign(self, args: Args, kwargs: Kwargs) -> int:
+        """Number of the call's shapes among those seen, for the FLOP count."""
+        meta_args, meta_kwargs = flops.to_meta((args, kwargs))
+        key = repr([getattr(leaf, "shape", None) for leaf in torch.utils._pytree.tree_leaves((args, kwargs))])
+        if key not in self.signatures:
+            self.signatures[key] = (len(self.signatures), meta_args, meta_kwargs)
+        return self.signatures[key][0]
+
+    def _after(self, out: Any) -> None:
+        value, _ = Form.split(out)
+        if isinstance(value, Tensor):
+            self.finite.append((self.step.run, self.step.n, self.step.branch, torch.isfinite(value).all()))
+        self.session.weigh()
+
+    # -- books ---------------------------------------------------------------------------------------------------
+
+    def muted(self) -> Muted:
+        """A context in which no tap of this denoiser acts."""
+        return Muted(self)
+
+    def flops(self) -> tuple[int, int] | None:
+        """FLOPs computed and elided so far, None where the denoiser cannot be counted."""
+        whole = elided = 0
+        with self.muted():
+            for number, args, kwargs in self.signatures.values():
+                counts = flops.count(self.model, args, kwargs)
+                if counts is None:
+                    return None
+                whole += counts[""] * self.calls[number]
+                for (signature, site), times in self.stood_in.items():
+                    if signature == number:
+                        elided += times * flops.of_modules(counts, site.modules)
+        return whole - elided, elided
+
+    def errors(self) -> list[ShadowError]:
+        """The shadow errors so far, as numbers."""
+        return [ShadowError(run, n, branch, site, float(e)) for run, n, branch, site, e in self.shadow_errors]
+
+
+class Muted:
+    """While entered, the taps of one denoiser pass everything through."""
+
+    def __init__(self, host: HostRuntime) -> None:
+        self._host = host
+        self._before = False
+
+    def __enter__(self) -> None:
+        self._before, self._host.passive = self._host.passive, True
+
+    def __exit__(self, *error: object) -> None:
+        self._host.passive = self._before

@@ -1,0 +1,194 @@
+"""Schedules: when to compute. Each is a rule on the step alone, or a criterion on what the run has shown so far."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from elision.denoise.policy import STAND_IN, Decision, Schedule
+from elision.denoise.sites import Call, Site
+from elision.denoise.steps import Step
+
+WARMUP, TAIL = Decision(False, "warm-up"), Decision(False, "last steps")
+INTERVAL = Decision(False, "interval over")
+LISTED = Decision(False, "listed step")
+
+
+class Interval(Schedule):
+    """Compute the first `warmup` steps, then every step that is `interval` away from the last computed one.
+
+    Steps that something further out skipped do not count as computed, so the distance stays true under composition.
+    """
+
+    def __init__(self, interval: int, warmup: int = 1) -> None:
+        self.interval = interval
+        self.warmup = warmup
+        self._last = -1
+
+    def decide(self, step: Step, site: Site, call: Call) -> Decision:
+        """Warm-up, interval over, or stand in."""
+        if step.n >= self.warmup and step.n - self._last < self.interval:
+            return STAND_IN
+        self._last = step.n
+        return WARMUP if step.n < self.warmup else INTERVAL
+
+    def complaint(self, total: int) -> str | None:
+        """A run whose interval never ends again after the warm-up."""
+        if self.warmup < total <= self.warmup - 1 + self.interval:
+            return (
+                f"interval={self.interval} computes only the {self.warmup} warm-up steps of {total}: "
+                f"every later step is a stand-in; use an interval below {total - self.warmup + 1}"
+            )
+        return None
+
+
+class Steps(Schedule):
+    """Compute exactly the steps of a list (a static table, anchors, a profile's skip set turned round)."""
+
+    def __init__(self, computed: Iterable[int]) -> None:
+        self.computed = frozenset(computed)
+
+    def decide(self, step: Step, site: Site, call: Call) -> Decision:
+        """Listed or not."""
+        return LISTED if step.n in self.computed else STAND_IN
+
+    def complaint(self, total: int) -> str | None:
+        """A list that ends long before the run does."""
+        inside = [n for n in self.computed if n < total]
+        return None if inside else f"none of the listed steps lies in a run of {total} steps"
+
+
+class SiteSteps(Schedule):
+    """Compute every site at its own list of steps (BAC's per-branch update steps)."""
+
+    scope: ClassVar[Literal["step", "branch", "site"]] = "site"
+
+    def __init__(self, computed: dict[str, Iterable[int]]) -> None:
+        self.computed = {key: frozenset(steps) for key, steps in computed.items()}
+
+    def decide(self, step: Step, site: Site, call: Call) -> Decision:
+        """Listed or not, for this site."""
+        return LISTED if step.n in self.computed[site.key] else STAND_IN
+
+
+class Random(Schedule):
+    """Stand in with probability `rate` outside warm-up and tail (a control: no information at all)."""
+
+    def __init__(self, rate: float, warmup: int, tail: int, seed: int) -> None:
+        self.rate = rate
+        self.warmup = warmup
+        self.tail = tail
+        self._random = random.Random(seed)
+
+    def decide(self, step: Step, site: Site, call: Call) -> Decision:
+        """Throw the dice."""
+        drawn = self._random.random() < self.rate
+        if step.n < self.warmup:
+            return WARMUP
+        if step.total is not None and step.n >= step.total - self.tail:
+            return TAIL
+        return Decision(True, "drawn") if drawn else Decision(False, "drawn")
+
+
+class Criterion(Schedule):
+    """A threshold on an error that accumulates over the stand-ins since the last computation.
+
+    A step is computed during warm-up and at the tail (the sum starts anew), when the estimate is unknown (the sum is
+    untouched), when it is not a finite number, and when the sum reaches the threshold (strictly below stands in).
+    """
+
+    def __init__(self, threshold: float, warmup: int, tail: int) -> None:
+        self.threshold = threshold
+        self.warmup = warmup
+        self.tail = tail
+        self.total = 0.0
+        self.tested: list[float] = []
+        self._notes: list[str] = []
+
+    def numbers(self) -> str:
+        """The smallest sum that was compared with the threshold."""
+        if not self.tested:
+            return f"no sum was compared with threshold={self.threshold:g}"
+        return f"the smallest accumulated estimate was {min(self.tested):.4g}, against threshold={self.threshold:g}"
+
+    def notes(self) -> Iterable[str]:
+        """Steps whose statistic was not finite."""
+        return self._notes
+
+    def estimate(self, step: Step, site: Site, call: Call) -> float | None:
+        """Estimated relative change since the step before; None while unknown."""
+        raise NotImplementedError
+
+    def seen(self, step: Step, call: Call) -> None:
+        """Called after every decision, whatever it was."""
+
+    def decide(self, step: Step, site: Site, call: Call) -> Decision:
+        """Compare the accumulated estimate with the threshold."""
+        decision = self._decide(step, site, call)
+        self.seen(step, call)
+        return decision
+
+    def _decide(self, step: Step, site: Site, call: Call) -> Decision:
+        at_tail = step.total is not None and step.n >= step.total - self.tail
+        if step.n < self.warmup or at_tail:
+            self.total = 0.0
+            return TAIL if at_tail and step.n >= self.warmup else WARMUP
+        change = self.estimate(step, site, call)
+        if change is None:
+            return Decision(False, "no estimate yet")
+        self.total += change
+        if not self.total < float("inf"):  # also true of NaN
+            self.total = 0.0
+            self._notes.append(
+                f"step {step.n}: the criterion read a value that is not finite, so the step was computed"
+            )
+            return Decision(False, "not finite")
+        self.tested.append(self.total)
+        if self.total < self.threshold:
+            return Decision(True, "below threshold")
+        self.total = 0.0
+        return Decision(False, "threshold reached")
+
+
+def mean_abs(x: Tensor) -> Tensor:
+    """Mean of absolute values over all elements, as a scalar of at least float32 on the tensor's device."""
+    return x.abs().mean() if x.dtype.itemsize >= 4 else x.float().abs_().mean()
+
+
+class PerBranch(Schedule):
+    """A schedule of its own for every guidance branch."""
+
+    scope: ClassVar[Literal["step", "branch", "site"]] = "branch"
+    listens: ClassVar[bool] = True
+
+    def __init__(self, make: Callable[[], Schedule]) -> None:
+        self._make = make
+        self._parts: dict[str, Schedule] = {}
+
+    def _part(self, step: Step) -> Schedule:
+        if step.branch not in self._parts:
+            self._parts[step.branch] = self._make()
+        return self._parts[step.branch]
+
+    def decide(self, step: Step, site: Site, call: Call) -> Decision:
+        """Ask the branch's own schedule."""
+        return self._part(step).decide(step, site, call)
+
+    def update(self, step: Step, site: Site, call: Call, out: Tensor, computed: bool) -> None:
+        """Tell the branch's own schedule."""
+        self._part(step).update(step, site, call, out, computed)
+
+    def tensors(self) -> Iterable[Tensor]:
+        """What the parts keep."""
+        return [tensor for part in self._parts.values() for tensor in part.tensors()]
+
+    def numbers(self) -> str:
+        """The numbers of every branch."""
+        return "; ".join(f"{branch or 'run'}: {part.numbers()}" for branch, part in self._parts.items())
+
+    def notes(self) -> Iterable[str]:
+        """The notes of every branch."""
+        return [note for part in self._parts.values() for note in part.notes()]

@@ -1,0 +1,127 @@
+"""Sites: the places in a denoiser whose value can be kept, and what a call at one of them looks like.
+
+Levels, from the outside in: `model` (latent to prediction), `head` (the output projection, with hollow blocks), `stack`
+(tokens after the embedding to tokens before the head), `run` (consecutive blocks), `branch` (attention or MLP output
+before its gate). A stand-in of a stack or run goes in at its last block: what other code adds between the blocks
+(ControlNet residuals) is then counted once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+Level = Literal["model", "head", "stack", "run", "branch"]
+Kind = Literal["self", "cross", "joint", "mlp", "fused"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place whose output can be replaced.
+
+    Attributes:
+        key: unique name within the denoiser, for instance `transformer_blocks.0.attn`.
+        level: how far in it lies.
+        tail: path of the module whose output is the value ("" is the denoiser itself).
+        feeders: modules that only feed the tail; on a stand-in they return zero-width tensors.
+        blocks: for head, stack and run: block paths in order; on a stand-in they hand their streams through.
+        streams: names of the values at the tail, in the order it returns them; empty for a single tensor.
+        only: the streams that are kept; empty means all.
+        kind: what a branch computes.
+        entry: a block whose incoming image tokens are shown to the site as `call.entry`; empty for none.
+    """
+
+    key: str
+    level: Level
+    tail: str
+    feeders: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
+    streams: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    kind: Kind | None = None
+    entry: str = ""
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """Paths of all modules that do not run when this site stands in."""
+        return frozenset((self.tail, *self.feeders, *self.blocks))
+
+    def contains(self, other: Site) -> bool:
+        """Whether a stand-in here means that `other` is never reached."""
+        if self.level == "model":
+            return True
+        return all(any(m == mine or m.startswith(mine + ".") for mine in self.modules) for m in other.modules)
+
+
+@dataclass(slots=True)
+class Call:
+    """One call at a site.
+
+    Attributes:
+        x: the tensor that goes in: the latent at `model`, the image tokens at `stack` and `run`, the first tensor
+            argument elsewhere.
+        names: parameter names of the module's forward, in order.
+        args: positional and
+        kwargs: keyword arguments of the call.
+        entry: the image tokens that entered the block `site.entry` in this call, where the site asks for them.
+        inputs: at `stack` and `run` the incoming value of every stream.
+        module: the module that was called.
+    """
+
+    x: Tensor
+    names: tuple[str, ...]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    module: nn.Module
+    entry: Tensor | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The argument called `name`, wherever it stands in the call."""
+        return argument(self.names, self.args, self.kwargs, name, default)
+
+
+def argument(
+    names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, default: Any = None
+) -> Any:
+    """The argument called `name` of a call, by keyword or by its position among `names`."""
+    if name in kwargs:
+        return kwargs[name]
+    if name in names:
+        position = names.index(name)
+        if position < len(args):
+            return args[position]
+    return default
+
+
+def parameter_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of the module's own forward (the class's, so that wrapped instances read the same)."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The first tensor argument of a call, positional ones first."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    raise TypeError("a tapped module was called without a tensor argument")
+
+
+def channel_axis(x: Tensor) -> int:
+    """The channel axis of a latent: 1 for [B, C, H, W] and [B, C, F, H, W], the last for tokens [B, L, C]."""
+    return 1 if x.ndim >= 4 else x.ndim - 1
+
+
+def common(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of `x` and `out` on the channels that both have.
+
+    Image-to-video models see condition channels behind the latent ones, learned-variance models return more channels
+    than they see; neither belongs to statistics nor to residuals.
+    """
+    axis = channel_axis(out)
+    width = min(x.shape[axis], out.shape[axis])
+    return x.narrow(axis, 0, width), out.narrow(axis, 0, width)

@@ -1,0 +1,223 @@
+"""The clock of a run: which step, which branch, which rows.
+
+Sources, in order: the scheduler's own `set_timesteps` and `step` (tapped by the engine), the metadata of diffusers'
+`cache_context`, `steps=` given to `apply`, the timestep argument of the call. Call parity is never used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elision.errors import ClockError, OptionError
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Where a denoiser call stands.
+
+    Attributes:
+        n: ordinal of the step in this run, from 0 (warm-up counts use this).
+        i: index into the full timestep grid, `n` plus the begin index of image-to-image runs (tables use this).
+        total: steps of this run; None when nothing tells.
+        t: timestep as the scheduler or the call has it.
+        sigma: noise level of this step and
+        next_sigma: of the next one, where the scheduler has them.
+        branch: name of the guidance branch, empty where there is one call per step.
+        leads: whether this branch owns the statistics that all branches of the step share.
+        cond: the conditional rows of a call that carries both branches; None means all rows.
+        run: number of the run since `apply`.
+    """
+
+    n: int
+    i: int
+    total: int | None
+    t: float
+    sigma: float | None = None
+    next_sigma: float | None = None
+    branch: str = ""
+    leads: bool = True
+    cond: slice | None = None
+    run: int = 0
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the last step of the run (False when the total is unknown)."""
+        return self.total is not None and self.n >= self.total - 1
+
+
+@dataclass(frozen=True)
+class Context:
+    """What diffusers' `cache_context` (or `Applied.step`) said around a call."""
+
+    name: str = ""
+    step_index: int | None = None
+    num_inference_steps: int | None = None
+    timestep: float | None = None
+    sigma: float | None = None
+
+
+def _number(value: Any) -> float | None:
+    """First entry of a tensor or a plain number, as float."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        return float(value.reshape(-1)[0]) if value.numel() else None
+    return float(value)
+
+
+class Clock:
+    """Counts steps from whatever source the call has, and finds where a run begins."""
+
+    def __init__(self, steps: int | Sequence[float] | None = None) -> None:
+        if isinstance(steps, int) and steps < 1:
+            raise OptionError(f"steps={steps} is out of range; it must be at least 1")
+        self._given = steps if isinstance(steps, int) or steps is None else len(steps)
+        self.context = Context()
+        self.scheduler: Any = None
+        self.cond: slice | None = None
+        self.run = -1
+        self._fresh = False
+        self._returned = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Make the next call the first of a new run."""
+        self._step: Step | None = None
+        self._seen: set[str] = set()
+        self._key: float | None = None
+        self._direction = 0
+        self._shape: tuple[int, ...] | None = None
+        self._leader: str | None = None
+        self._grid: list[float] = []
+        self._sigmas: list[float] = []
+        self._begin = 0
+
+    # -- told by the scheduler taps ------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """`set_timesteps` returned: the next call starts a run."""
+        self._fresh = True
+        self._returned = 0
+
+    def advance(self) -> None:
+        """`scheduler.step` returned."""
+        self._returned += 1
+
+    @property
+    def waiting(self) -> bool:
+        """Whether no call was seen since the scheduler last advanced."""
+        return self._fresh or self._step is None or self._step.n < self._returned
+
+    # -- asked by the engine -------------------------------------------------------------------------------------
+
+    def tick(self, timestep: Any, shape: Sequence[int]) -> tuple[Step, bool]:
+        """The step of the call that is about to run, and whether it is the first of a new run.
+
+        Args:
+            timestep: the timestep argument of the call, None if it has none.
+            shape: shape of the latent.
+
+        Raises:
+            ClockError: a second call in one step has no branch name.
+        """
+        if self._fresh or (self._grid and self._returned < len(self._grid) - self._begin):
+            return self._tick_scheduler(timestep, tuple(shape))
+        return self._tick_call(timestep, tuple(shape))
+
+    def _tick_scheduler(self, timestep: Any, shape: tuple[int, ...]) -> tuple[Step, bool]:
+        new = self._fresh or self._shape != shape
+        if new:
+            self._fresh = False
+            self.restart()
+            self._shape = shape
+            self._read_grid(timestep)
+            self.run += 1
+        n = self._returned
+        if self._step is None or n != self._step.n:
+            self._seen = set()
+        elif self.context.name in self._seen:
+            self._refuse_unnamed()
+        i = n + self._begin
+        sigma = self._sigmas[i] if i < len(self._sigmas) else None
+        following = self._sigmas[i + 1] if i + 1 < len(self._sigmas) else None
+        t = self._grid[i] if i < len(self._grid) else float("nan")
+        return self._make(n, i, len(self._grid) - self._begin, t, sigma, following), new
+
+    def _read_grid(self, timestep: Any) -> None:
+        scheduler = self.scheduler
+        self._grid = [float(t) for t in torch.as_tensor(scheduler.timesteps).tolist()]
+        sigmas = getattr(scheduler, "sigmas", None)
+        aligned = sigmas is not None and len(sigmas) in (len(self._grid), len(self._grid) + 1)
+        self._sigmas = [float(s) for s in torch.as_tensor(sigmas).tolist()] if aligned else []
+        begin = getattr(scheduler, "begin_index", None)
+        if begin is None:
+            begin = self._locate(_number(timestep))
+        self._begin = int(begin)
+
+    def _locate(self, t: float | None) -> int:
+        """Where an image-to-image run enters the grid when the scheduler was not told; 0 if `t` is not on it."""
+        if t is None:
+            return 0
+        for scale in (1.0, 1000.0):  # flow pipelines feed the network t / 1000
+            for i, entry in enumerate(self._grid):
+                if abs(entry - t * scale) <= 1e-3 * max(1.0, abs(entry)):
+                    return i
+        return 0
+
+    def _tick_call(self, timestep: Any, shape: tuple[int, ...]) -> tuple[Step, bool]:
+        context = self.context
+        key = float(context.step_index) if context.step_index is not None else _number(timestep)
+        previous = self._step
+        total = context.num_inference_steps or self._given
+        new = previous is None or self._shape != shape or self._grid != []
+        same = not new and (key == self._key or key is None)
+        if not new and not same:
+            assert previous is not None
+            n = previous.n + 1
+            way = 0 if key is None or self._key is None else (1 if key > self._key else -1)
+            turned = self._direction != 0 and way not in (0, self._direction)
+            new = turned or (total is not None and n >= total)
+            self._direction = self._direction or way
+        elif same and context.name in self._seen:
+            assert previous is not None
+            done = total is not None and previous.n + 1 >= total
+            if not context.name and not done and key is not None:
+                self._refuse_unnamed()
+            n, new, same = previous.n + 1, done, False
+        else:
+            n = 0 if previous is None else previous.n
+        if new:
+            self.restart()
+            self._shape = shape
+            self.run += 1
+            n = 0
+        elif not same:
+            self._seen = set()
+        self._key = key
+        t = context.timestep if context.timestep is not None else (float("nan") if key is None else key)
+        if context.step_index is not None:
+            n = context.step_index
+        return self._make(n, n, total, t, context.sigma, None), new
+
+    def _make(self, n: int, i: int, total: int | None, t: float, sigma: float | None, following: float | None) -> Step:
+        branch = self.context.name
+        self._seen.add(branch)
+        if self._leader is None and (not branch.startswith(("uncond", "neg")) or n > 0):
+            self._leader = branch
+        self._step = Step(n, i, total, t, sigma, following, branch, branch == self._leader, self.cond, self.run)
+        return self._step
+
+    def _refuse_unnamed(self) -> None:
+        name = self.context.name
+        what = (
+            f"branch {name!r} was called twice in one step" if name else "a second call in one step has no branch name"
+        )
+        raise ClockError(
+            f"{what}: with guidance in two calls, wrap each in model.cache_context('cond') / ('uncond') "
+            "or in `with run.step('cond'):` / `with run.step('uncond'):`"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from elision.denoise import flops
+from elision.denoise.flops import FlopBook
 from elision.denoise.policy import Decision, Group, Host, Predictor, Schedule
 from elision.denoise.report import ShadowError, Tally
 from elision.denoise.sites import Call, Site, argument, first_tensor, parameter_names
@@ -200,7 +199,7 @@ class SiteRuntime:
             self._compare(inner, args, kwargs, values)
         tally = host.tally(self.group.group.name)
         setattr(tally, kind, getattr(tally, kind) + 1)
-        host.stood_in[host.signature, self.site] += 1
+        host.book.stood_in[host.signature, self.site] += 1
         return self._join(self._forms[self._form_key(kwargs)], values, call)
 
     def _observe(self, call: Call, values: dict[str, Tensor], computed: bool) -> None:
@@ -274,9 +273,7 @@ class HostRuntime:
         self.step = Step(0, 0, None, 0.0)
         self.signature = 0
         self.entries: dict[str, Tensor] = {}
-        self.signatures: dict[Any, tuple[int, Args, Kwargs]] = {}
-        self.calls: Counter[int] = Counter()
-        self.stood_in: Counter[tuple[int, Site]] = Counter()
+        self.book = FlopBook(host.model)
         self.shadow_errors: list[tuple[int, int, str, str, Tensor]] = []
         self.finite: list[tuple[int, int, str, Tensor]] = []
         self.taps: list[Tap] = []
@@ -391,9 +388,9 @@ class HostRuntime:
             self._restart(step.run)
         self.step = step
         if step.branch not in self._branches:
-            self._branches[step.branch] = self._sign(args, kwargs)
+            self._branches[step.branch] = self.book.sign(args, kwargs)
         self.signature = self._branches[step.branch]
-        self.calls[self.signature] += 1
+        self.book.calls[self.signature] += 1
 
     def _restart(self, run: int) -> None:
         self.check_in_place()
@@ -413,14 +410,6 @@ class HostRuntime:
         for site in self.sites:
             site.restart()
 
-    def _sign(self, args: Args, kwargs: Kwargs) -> int:
-        """Number of the call's shapes among those seen, for the FLOP count."""
-        meta_args, meta_kwargs = flops.to_meta((args, kwargs))
-        key = repr([getattr(leaf, "shape", None) for leaf in torch.utils._pytree.tree_leaves((args, kwargs))])
-        if key not in self.signatures:
-            self.signatures[key] = (len(self.signatures), meta_args, meta_kwargs)
-        return self.signatures[key][0]
-
     def _after(self, out: Any) -> None:
         value, _ = Form.split(out)
         if isinstance(value, Tensor):
@@ -432,20 +421,6 @@ class HostRuntime:
     def muted(self) -> Muted:
         """A context in which no tap of this denoiser acts."""
         return Muted(self)
-
-    def flops(self) -> tuple[int, int] | None:
-        """FLOPs computed and elided so far, None where the denoiser cannot be counted."""
-        whole = elided = 0
-        with self.muted():
-            for number, args, kwargs in self.signatures.values():
-                counts = flops.count(self.model, args, kwargs)
-                if counts is None:
-                    return None
-                whole += counts[""] * self.calls[number]
-                for (signature, site), times in self.stood_in.items():
-                    if signature == number:
-                        elided += times * flops.of_modules(counts, site.modules)
-        return whole - elided, elided
 
     def errors(self) -> list[ShadowError]:
         """The shadow errors so far, as numbers."""

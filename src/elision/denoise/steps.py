@@ -160,14 +160,19 @@ class Clock:
         self._begin = int(begin)
 
     def _locate(self, t: float | None) -> int:
-        """Where an image-to-image run enters the grid when the scheduler was not told; 0 if `t` is not on it."""
-        if t is None:
-            return 0
-        for scale in (1.0, 1000.0):  # flow pipelines feed the network t / 1000
-            for i, entry in enumerate(self._grid):
-                if abs(entry - t * scale) <= 1e-3 * max(1.0, abs(entry)):
-                    return i
-        return 0
+        """Where an image-to-image run enters the grid when the scheduler was not told; 0 if `t` is not on it.
+
+        Flow pipelines feed the network t / 1000, so 1.0 may be the first timestep of a grid or its last: the earlier
+        one is meant.
+        """
+        found: list[int] = []
+        for scale in (1.0, 1000.0) if t is not None and self._grid else ():
+            assert t is not None
+            gaps = [abs(entry - t * scale) for entry in self._grid]
+            nearest = min(range(len(gaps)), key=gaps.__getitem__)
+            if gaps[nearest] <= 1e-3 * max(1.0, abs(self._grid[nearest])):
+                found.append(nearest)
+        return min(found, default=0)
 
     def _tick_call(self, timestep: Any, shape: tuple[int, ...]) -> tuple[Step, bool]:
         context = self.context

@@ -370,7 +370,7 @@ class DenoiseApplied(Applied):
     def _clear(self) -> None:
         self._zero()
         self.seconds.deciding = self.seconds.standing_in = self.seconds.computing = 0.0
-        self.clock.restart()
+        self.clock.reset()
         self._notes = [n for n in self._notes if "no adapter" in n or "by force" in n]
         for host in self.hosts:
             host.forget()

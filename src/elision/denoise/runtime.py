@@ -367,6 +367,9 @@ class HostRuntime:
         seconds.deciding += perf_counter() - started
         try:
             out = inner(*args, **kwargs)
+        except BaseException:
+            self.session.clock.reset()  # what came of this call is unknown: the next one starts a run
+            raise
         finally:
             self.entries.clear()
             others = seconds.deciding + seconds.standing_in - before

@@ -234,5 +234,5 @@ class Clock:
         )
         raise ClockError(
             f"{what}: with guidance in two calls, wrap each in model.cache_context('cond') / ('uncond') "
-            "or in `with run.step('cond'):` / `with run.step('uncond'):`"
+            "or in `with run.step('cond'):` / `with run.step('uncond'):`; after a run that broke off call run.reset()"
         )

@@ -284,6 +284,8 @@ class DenoiseApplied(Applied):
     def _warn_if_idle(self, run: RunRecord, numbers: Mapping[str, str]) -> None:
         if not run.steps or any(tally.stood_in for record in run.steps for tally in record.groups.values()):
             return
+        if self._broke_off or (run.total is not None and len(run.steps) < run.total):
+            return  # it had no chance, and under -W error the warning would hide what really happened
         reasons: dict[str, dict[str, int]] = {}
         for record in run.steps:
             for name, tally in record.groups.items():

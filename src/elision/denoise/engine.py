@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -77,8 +77,9 @@ class DenoiseApplied(Applied):
         self.shadow = shadow
         self.seconds = Seconds()
         self.clock = Clock(steps)
+        if not (cond is None or isinstance(cond, slice)):
+            raise OptionError(f"cond={cond!r} is no slice of rows: pass for instance cond=slice(2, None)")
         self._cond = cond
-        self._steps = steps if steps is None or isinstance(steps, int) else len(steps)
         self._notes: list[str] = []
         self.hosts: list[HostRuntime] = []
         self._run: RunRecord | None = None
@@ -87,6 +88,7 @@ class DenoiseApplied(Applied):
         self._totals: dict[str, int] = {}
         self._final: DenoiseReport | None = None
         self._books: list[FlopBook] = []
+        self._sites: Counter[str] = Counter()
         self._zero()
         plans = [self._plan(module, profile, force) for module in target.denoisers]
         try:
@@ -107,7 +109,7 @@ class DenoiseApplied(Applied):
         for method in self.methods:
             assert isinstance(method, DenoiseMethod)
             plan = method.plan(host, self._profile(method, host, profile, force))
-            if plan.claims.needs_total and self._steps is None and not tappable(self.target.scheduler):
+            if plan.claims.needs_total and self.clock.given is None and not tappable(self.target.scheduler):
                 raise OptionError(
                     f"{method.name} must know the number of steps, and a bare {type(model).__name__} cannot tell: "
                     f"pass steps=, as in elision.apply(model, {method.name!r}, steps=28)"
@@ -127,7 +129,7 @@ class DenoiseApplied(Applied):
                 )
             return None
         loaded = given if isinstance(given, Profile) else Profile.load(given)
-        here = fingerprint(method.name, host.model, host.scheduler, self._steps)
+        here = fingerprint(method.name, host.model, host.scheduler, self.clock.given)
         for difference in loaded.check(here, force):
             self._note(f"profile used by force although it differs: {difference}")
         return loaded
@@ -141,6 +143,8 @@ class DenoiseApplied(Applied):
                     self._note(note)
             self.hosts.append(HostRuntime(host, module, groups, self))
         self._books = [runtime.book for runtime in self.hosts]
+        for group in (group for runtime in self.hosts for group in runtime.groups):
+            self._sites[group.group.name] += len(group.group.sites)
         for runtime in self.hosts:
             try:
                 runtime.install()
@@ -328,7 +332,7 @@ class DenoiseApplied(Applied):
             bytes_held=self._held,
             bytes_peak=self._peak,
             seconds=copy.copy(self.seconds),
-            sites={g.group.name: len(g.group.sites) for host in self.hosts for g in host.groups},
+            sites=dict(self._sites),
             runs=[copy.deepcopy(run) for run in self._runs],
             run_count=self._run_count,
             steps_computed=totals["computed"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -70,13 +71,21 @@ def _number(value: Any) -> float | None:
     return float(value)
 
 
+def _length(steps: Any) -> int:
+    """The number of steps that the user's `steps=` says: a number, or the timesteps."""
+    if isinstance(steps, (bool, str)) or not (isinstance(steps, Integral) or hasattr(steps, "__len__")):
+        raise OptionError(f"steps={steps!r} is neither a number of steps nor the list of timesteps")
+    length = int(steps) if isinstance(steps, Integral) else len(steps)
+    if length < 1:
+        raise OptionError(f"steps={steps!r} is out of range; it must be at least 1, or name at least 1 timestep")
+    return length
+
+
 class Clock:
     """Counts steps from whatever source the call has, and finds where a run begins."""
 
     def __init__(self, steps: int | Sequence[float] | None = None) -> None:
-        if isinstance(steps, int) and steps < 1:
-            raise OptionError(f"steps={steps} is out of range; it must be at least 1")
-        self._given = steps if isinstance(steps, int) or steps is None else len(steps)
+        self.given = None if steps is None else _length(steps)
         self.context = Context()
         self.scheduler: Any = None
         self.cond: slice | None = None
@@ -188,7 +197,7 @@ class Clock:
         context = self.context
         key = float(context.step_index) if context.step_index is not None else _number(timestep)
         previous = self._step
-        total = context.num_inference_steps or self._given
+        total = context.num_inference_steps or self.given
         new = previous is None or self._shape != shape or self._grid != []
         same = not new and (key == self._key or key is None)
         if not new and not same:

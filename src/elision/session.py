@@ -102,6 +102,10 @@ class Applied(ABC):
         """Forget the state of the current run and all counters."""
 
     @abstractmethod
+    def _leave(self) -> None:
+        """Look at the taps a last time, before `remove` takes them off; must not raise."""
+
+    @abstractmethod
     def _finish(self) -> None:
         """Close the books of the current run and free its tensors; called once, by `remove`."""
 
@@ -115,6 +119,7 @@ class Applied(ABC):
         if self._closed:
             return
         self._closed = True
+        self._leave()
         for tap in reversed(self._taps):
             tap.remove()
         for owner in self._owned:

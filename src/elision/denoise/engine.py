@@ -89,6 +89,7 @@ class DenoiseApplied(Applied):
         self._final: DenoiseReport | None = None
         self._books: list[FlopBook] = []
         self._sites: Counter[str] = Counter()
+        self._displaced: str | None = None
         self._zero()
         plans = [self._plan(module, profile, force) for module in target.denoisers]
         try:
@@ -384,7 +385,13 @@ class DenoiseApplied(Applied):
             host.finite.clear()
             host.shadow_errors.clear()
 
+    def _leave(self) -> None:
+        complaints = (host.displaced() for host in self.hosts)
+        self._displaced = next((complaint for complaint in complaints if complaint), None)
+
     def _finish(self) -> None:
+        if self._displaced is not None and not self._broke_off:
+            self._warn(self._displaced)
         self._end_run()
         if self._run_count == 0:
             self._note("the target was never called while the method was applied")

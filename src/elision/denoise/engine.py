@@ -23,6 +23,7 @@ from elision.denoise.runtime import HostRuntime
 from elision.denoise.steps import Clock, Context, Step
 from elision.errors import ElisionWarning, OptionError, ProfileError
 from elision.hooks.diffusers import Target, inspect_target, tap_cache_context, tap_scheduler, tappable, unwrap
+from elision.hooks.taps import Tap
 from elision.method import Method
 from elision.profile import Profile, fingerprint
 from elision.session import Applied, Seconds, storage_bytes
@@ -90,6 +91,7 @@ class DenoiseApplied(Applied):
         self._books: list[FlopBook] = []
         self._sites: Counter[str] = Counter()
         self._displaced: str | None = None
+        self._scheduler_taps: list[Tap] = []
         self._zero()
         plans = [self._plan(module, profile, force) for module in target.denoisers]
         try:
@@ -159,8 +161,12 @@ class DenoiseApplied(Applied):
         scheduler = self.target.scheduler
         if scheduler is self.clock.scheduler or not tappable(scheduler):
             return False
+        for tap in self._scheduler_taps:  # somebody else may use the old one, and it may come back
+            tap.remove()
+            self._taps.remove(tap)
         self.clock.scheduler = scheduler
-        self._taps.extend(tap_scheduler(scheduler, self._begin, self._advance))
+        self._scheduler_taps = tap_scheduler(scheduler, self._begin, self._advance)
+        self._taps.extend(self._scheduler_taps)
         return True
 
     # -- told by taps --------------------------------------------------------------------------------------------

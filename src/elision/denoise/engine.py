@@ -22,7 +22,7 @@ from elision.denoise.report import DenoiseReport, RunRecord, StepRecord, Tally
 from elision.denoise.runtime import HostRuntime
 from elision.denoise.steps import Clock, Context, Step
 from elision.errors import ElisionWarning, OptionError, ProfileError
-from elision.hooks.diffusers import Target, inspect_target, tap_cache_context, tap_scheduler, tappable, unwrap
+from elision.hooks.diffusers import Target, inspect_target, is_set_up, tap_cache_context, tap_scheduler, tappable, unwrap
 from elision.hooks.taps import Tap
 from elision.method import Method
 from elision.profile import Profile, fingerprint
@@ -154,7 +154,8 @@ class DenoiseApplied(Applied):
             finally:
                 self._taps.extend(runtime.taps)
             self._taps.extend(tap_cache_context(runtime.model, self._enter_context))
-        self._follow_scheduler()
+        if self._follow_scheduler() and is_set_up(self.target.scheduler):
+            self.clock.begin()
 
     def _follow_scheduler(self) -> bool:
         """Tap the pipeline's scheduler; true if it is another one than before (users swap it)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -127,11 +127,6 @@ class Clock:
         """Whether a scheduler tells the steps and has some left."""
         return bool(self._grid) and self._returned < len(self._grid) - self._begin
 
-    @property
-    def waiting(self) -> bool:
-        """Whether no call was seen since the scheduler last advanced."""
-        return self._fresh or self._step is None or self._step.n < self._returned
-
     # -- asked by the engine -------------------------------------------------------------------------------------
 
     def tick(self, timestep: Any, shape: Sequence[int]) -> tuple[Step, bool]:
@@ -149,7 +144,8 @@ class Clock:
         return self._tick_call(timestep, tuple(shape))
 
     def _tick_scheduler(self, timestep: Any, shape: tuple[int, ...]) -> tuple[Step, bool]:
-        new = self._fresh or self._shape != shape
+        first = self._step is None or self._step.n != self._returned  # later calls may have other shapes: branches
+        new = self._fresh or (first and self._shape != shape)
         if new:
             self._fresh = False
             self.restart()
@@ -157,10 +153,10 @@ class Clock:
             self._read_grid(timestep)
             self.run += 1
         n = self._returned
-        if self._step is None or n != self._step.n:
+        if first:
             self._seen = set()
         elif self.context.name in self._seen:
-            self._refuse_unnamed()
+            self._refuse("in one step (a step ends when scheduler.step returns)")
         i = n + self._begin
         sigma = self._sigmas[i] if i < len(self._sigmas) else None
         following = self._sigmas[i + 1] if i + 1 < len(self._sigmas) else None
@@ -211,7 +207,7 @@ class Clock:
             assert previous is not None
             done = total is not None and previous.n + 1 >= total
             if not context.name and not done and key is not None:
-                self._refuse_unnamed()
+                self._refuse("at one timestep")
             n, new, same = previous.n + 1, done, False
         else:
             n = 0 if previous is None else previous.n
@@ -236,11 +232,9 @@ class Clock:
         self._step = Step(n, i, total, t, sigma, following, branch, branch == self._leader, self.cond, self.run)
         return self._step
 
-    def _refuse_unnamed(self) -> None:
+    def _refuse(self, where: str) -> NoReturn:
         name = self.context.name
-        what = (
-            f"branch {name!r} was called twice in one step" if name else "a second call in one step has no branch name"
-        )
+        what = f"branch {name!r} was called twice {where}" if name else f"a second call {where} has no branch name"
         raise ClockError(
             f"{what}: with guidance in two calls, wrap each in model.cache_context('cond') / ('uncond') "
             "or in `with run.step('cond'):` / `with run.step('uncond'):`; after a run that broke off call run.reset()"

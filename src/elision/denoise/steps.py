@@ -90,7 +90,7 @@ class Clock:
         self.scheduler: Any = None
         self.cond: slice | None = None
         self.run = -1
-        self._fresh = False
+        self._fresh = self._late = False
         self._returned = 0
         self.restart()
 
@@ -113,13 +113,20 @@ class Clock:
 
     # -- told by the scheduler taps ------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """`set_timesteps` returned: the next call starts a run."""
+    def begin(self, late: bool = False) -> None:
+        """`set_timesteps` returned: the next call starts a run.
+
+        Args:
+            late: the scheduler is only followed from now on, within the first denoiser call of the run. In
+                `scheduler.step(model(...), ...)` Python has already looked `step` up, so that first one goes unseen.
+        """
         self._fresh = True
+        self._late = late
         self._returned = 0
 
     def advance(self) -> None:
         """`scheduler.step` returned."""
+        self._late = False
         self._returned += 1
 
     @property
@@ -144,6 +151,8 @@ class Clock:
         return self._tick_call(timestep, tuple(shape))
 
     def _tick_scheduler(self, timestep: Any, shape: tuple[int, ...]) -> tuple[Step, bool]:
+        if self._late and not self._fresh and self._locate(_number(timestep)) == self._begin + 1:
+            self.advance()
         first = self._step is None or self._step.n != self._returned  # later calls may have other shapes: branches
         new = self._fresh or (first and self._shape != shape)
         if new:
@@ -178,14 +187,14 @@ class Clock:
         """Where an image-to-image run enters the grid when the scheduler was not told; 0 if `t` is not on it.
 
         Flow pipelines feed the network t / 1000, so 1.0 may be the first timestep of a grid or its last: the earlier
-        one is meant.
+        one is meant. The tolerance covers times in bfloat16.
         """
         found: list[int] = []
         for scale in (1.0, 1000.0) if t is not None and self._grid else ():
             assert t is not None
             gaps = [abs(entry - t * scale) for entry in self._grid]
             nearest = min(range(len(gaps)), key=gaps.__getitem__)
-            if gaps[nearest] <= 1e-3 * max(1.0, abs(self._grid[nearest])):
+            if gaps[nearest] <= 2.5e-3 * max(1.0, abs(self._grid[nearest])):
                 found.append(nearest)
         return min(found, default=0)
 
@@ -205,9 +214,9 @@ class Clock:
             self._direction = self._direction or way
         elif same and context.name in self._seen:
             assert previous is not None
-            done = total is not None and previous.n + 1 >= total
-            if not context.name and not done and key is not None:
-                self._refuse("at one timestep")
+            done = context.step_index is not None or (total is not None and previous.n + 1 >= total)
+            if key is not None and not done and not (context.name and total is not None):
+                self._refuse("at one timestep" if total is not None else "at one timestep without steps=")
             n, new, same = previous.n + 1, done, False
         else:
             n = 0 if previous is None else previous.n

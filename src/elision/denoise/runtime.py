@@ -85,8 +85,11 @@ class SiteRuntime:
         """A module that only feeds the tail: zero width on a stand-in."""
 
         def wrap(inner: Inner, args: Args, kwargs: Kwargs) -> Any:
-            if self.host.passive or not self._begin(path, args, kwargs).stand_in or self.host.shadow:
+            if self.host.passive or not self._begin(path, args, kwargs).stand_in:
                 return inner(*args, **kwargs)
+            if self.host.shadow:
+                with self.host.muted():  # the truth of this site; what lies inside it is not reached
+                    return inner(*args, **kwargs)
             x = first_tensor(args, kwargs)
             return x.new_empty((*x.shape[:-1], 0))
 
@@ -98,8 +101,11 @@ class SiteRuntime:
         names = self._names[path]
 
         def wrap(inner: Inner, args: Args, kwargs: Kwargs) -> Any:
-            if self.host.passive or not self._begin(path, args, kwargs).stand_in or self.host.shadow:
+            if self.host.passive or not self._begin(path, args, kwargs).stand_in:
                 return inner(*args, **kwargs)
+            if self.host.shadow:
+                with self.host.muted():  # the truth of this site; what lies inside it is not reached
+                    return inner(*args, **kwargs)
             through = tuple(argument(names, args, kwargs, name) for name in streams)
             return through[0] if len(through) == 1 else through
 

@@ -393,6 +393,7 @@ class DenoiseApplied(Applied):
         self._zero()
         self.seconds.deciding = self.seconds.standing_in = self.seconds.computing = 0.0
         self.clock.reset()
+        self.clock.run = -1
         self._notes = [n for n in self._notes if "no adapter" in n or "by force" in n]
         for host in self.hosts:
             host.forget()

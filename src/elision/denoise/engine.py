@@ -289,7 +289,7 @@ class DenoiseApplied(Applied):
     def _note_schedules(self) -> None:
         for host in self.hosts:
             for group in host.groups:
-                for note in group.schedule.notes():
+                for note in (*group.schedule.notes(), *group.notes):
                     self._note(f"{group.group.name}: {note}")
 
     def _note_not_finite(self) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Args: TypeAlias = tuple[Any, ...]
 Kwargs: TypeAlias = dict[str, Any]
 _NO_HISTORY = Decision(False, "no history")
+_NOT_FINITE = Decision(False, "not finite")
 
 
 class GroupRuntime:
@@ -33,13 +34,30 @@ class GroupRuntime:
         self.group = group
         self.host = host
         self.schedule: Schedule = group.schedule()
+        self.notes: list[str] = []
+        self._finite: dict[tuple[Site, str], Tensor | bool] = {}
         self._key: Any = None
         self._decision = _NO_HISTORY
 
     def restart(self) -> None:
         """Fresh state for a new run."""
         self.schedule = self.group.schedule()
+        self.notes = []
+        self._finite = {}
         self._key = None
+
+    def observe(self, site: Site, values: Iterable[Tensor]) -> None:
+        """Remember whether what a criterion may let stand in is finite."""
+        if self.schedule.listens:
+            flags = [torch.isfinite(value).all() for value in values]
+            self._finite[site, self.host.step.branch] = flags[0] if len(flags) == 1 else torch.stack(flags).all()
+
+    def _kept_is_finite(self, step: Step) -> bool:
+        """Whether what would stand in is finite: of all branches where they share the decision."""
+        mine = [key for key in self._finite if self.schedule.scope == "step" or key[1] == step.branch]
+        for key in mine:
+            self._finite[key] = bool(self._finite[key])
+        return all(self._finite[key] for key in mine)
 
     def decide(self, site: Site, call: Call) -> Decision:
         """The schedule's decision for this call; counted once per scope."""
@@ -48,6 +66,9 @@ class GroupRuntime:
         key = step.n if scope == "step" else (step.n, step.branch) if scope == "branch" else (step.n, step.branch, site)
         if key != self._key:
             self._decision = self.schedule.decide(step, site, call)
+            if self._decision.stand_in and not self._kept_is_finite(step):
+                self._decision = _NOT_FINITE
+                self.notes.append(f"step {step.n}: what was kept is not finite, so the step was computed")
             self._key = key
             self.host.tally(self.group.name).reasons[self._decision.reason] += 1
         return self._decision
@@ -210,6 +231,8 @@ class SiteRuntime:
 
     def _observe(self, call: Call, values: dict[str, Tensor], computed: bool) -> None:
         step = self.host.step
+        if computed:
+            self.group.observe(self.site, values.values())
         for stream, value in values.items():
             key = (step.branch, stream)
             predictor = self.predictors.get(key)

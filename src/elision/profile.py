@@ -102,12 +102,14 @@ class Profile:
         """Compare with the fingerprint of what it is about to be used on.
 
         Returns the differing fields as sentences; raises `ProfileMismatch` with them unless `force`. Versions and date
-        never differ by this rule, and a number of steps that the target cannot tell yet (None) is not compared.
+        never differ by this rule, and a number of steps is only compared where both sides have one: a target may not
+        know it yet, and a method may not depend on it.
         """
         differing = [
             f"{key}: profile {self.fingerprint.get(key)!r}, here {current.get(key)!r}"
             for key in _BINDING
-            if self.fingerprint.get(key) != current.get(key) and not (key == "steps" and current.get(key) is None)
+            if self.fingerprint.get(key) != current.get(key)
+            and not (key == "steps" and None in (self.fingerprint.get(key), current.get(key)))
         ]
         if differing and not force:
             raise ProfileMismatch(

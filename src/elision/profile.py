@@ -75,7 +75,10 @@ class Profile:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         header = {"fingerprint": dict(self.fingerprint), "facts": dict(self.facts)}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
+        tensors = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in self.tensors.items()
+        }
         save_file(tensors, path, metadata={"format": FORMAT, "header": json.dumps(header)})
         return path
 
@@ -89,14 +92,17 @@ class Profile:
             with safe_open(path, framework="pt") as file:
                 meta = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ProfileError(f"{path} is not a safetensors file: {error}") from error
         if meta.get("format") != FORMAT:
             raise ProfileError(
                 f"{path} has format {meta.get('format')!r}, not {FORMAT!r}: make it anew with elision.fit"
             )
-        header = json.loads(meta["header"])
-        return cls(header["fingerprint"], tensors, header["facts"])
+        try:
+            header = json.loads(meta["header"])
+            return cls(header["fingerprint"], tensors, header["facts"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProfileError(f"the header of {path} is broken ({error!r}): make it anew with elision.fit") from error
 
     def check(self, current: Mapping[str, Any], force: bool = False) -> list[str]:
         """Compare with the fingerprint of what it is about to be used on.

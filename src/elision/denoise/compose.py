@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from itertools import combinations
 
 from elision.denoise.policy import Claims
@@ -30,10 +30,12 @@ def conflict(a: Claims, b: Claims) -> str | None:
     return None
 
 
-def check(claims: Mapping[str, Claims]) -> None:
-    """Raise `Conflict` for the first pair that cannot act together."""
-    for (name_a, a), (name_b, b) in combinations(claims.items(), 2):
+def check(claims: Sequence[tuple[str, Claims]]) -> None:
+    """Raise `Conflict` for the first pair of named claims that cannot act together."""
+    for (name_a, a), (name_b, b) in combinations(claims, 2):
         reason = conflict(a, b)
+        if name_a == name_b:
+            reason = "it is given twice, and reports go by its name" + (f"; {reason}" if reason else "")
         if reason:
             raise Conflict(f"{name_a} and {name_b} cannot be applied together: {reason}")
 

@@ -126,7 +126,7 @@ class DenoiseApplied(Applied):
                     f"pass steps=, as in elision.apply(model, {method.name!r}, steps=28)"
                 )
             plans.append(plan)
-        check({m.name: plan.claims for m, plan in zip(self.methods, plans, strict=True)})
+        check([(m.name, plan.claims) for m, plan in zip(self.methods, plans, strict=True)])
         return host, module, plans
 
     def _profile(self, method: DenoiseMethod, host: Host, given: Any, force: bool) -> Profile | None:

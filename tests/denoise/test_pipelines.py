@@ -184,7 +184,7 @@ def test_dit_pipeline(scale: float) -> None:
 
 @quiet
 def test_dit_statistics_see_the_conditional_half() -> None:
-    """It comes first in this pipeline; easycache with batched guidance then decides like the conditional branch alone."""
+    """It comes first in this pipeline, so that the decisions are those of the conditional branch alone."""
     pipe = Dit()
     with elision.apply(pipe.pipe, EASY) as run:
         pipe(guidance_scale=4.0)

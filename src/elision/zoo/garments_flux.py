@@ -142,7 +142,7 @@ class GarmentsPipeline(DiffusionPipeline):  # type: ignore[misc]
 
 
 def train_pipeline(
-    steps: int = 3100, batch: int = 64, lr: float = 2e-3, seed: int = 0, config: dict[str, Any] | None = None
+    steps: int = 3500, batch: int = 64, lr: float = 2e-3, seed: int = 0, config: dict[str, Any] | None = None
 ) -> GarmentsPipeline:
     """The recipe of `garments-flux`: velocity matching with logit-normal times and one label in ten dropped."""
     torch.manual_seed(seed)

@@ -80,6 +80,7 @@ class Applied(ABC):
         self._taps: list[Tap] = []
         self._owned: list[Any] = []
         self._closed = False
+        self._broke_off = False
 
     @abstractmethod
     def report(self) -> Report:
@@ -133,6 +134,7 @@ class Applied(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._broke_off = error is not None
         self.remove()
 
     def __repr__(self) -> str:

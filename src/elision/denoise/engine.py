@@ -284,6 +284,8 @@ class DenoiseApplied(Applied):
     def _warn_if_idle(self, run: RunRecord, numbers: Mapping[str, str]) -> None:
         if not run.steps or any(tally.stood_in for record in run.steps for tally in record.groups.values()):
             return
+        if self._broke_off or (run.total is not None and len(run.steps) < run.total):
+            return  # it had no chance, and under -W error the warning would hide what really happened
         reasons: dict[str, dict[str, int]] = {}
         for record in run.steps:
             for name, tally in record.groups.items():
@@ -370,7 +372,7 @@ class DenoiseApplied(Applied):
     def _clear(self) -> None:
         self._zero()
         self.seconds.deciding = self.seconds.standing_in = self.seconds.computing = 0.0
-        self.clock.restart()
+        self.clock.reset()
         self._notes = [n for n in self._notes if "no adapter" in n or "by force" in n]
         for host in self.hosts:
             host.forget()

@@ -85,8 +85,13 @@ class Clock:
         self._returned = 0
         self.restart()
 
+    def reset(self) -> None:
+        """Make the next call the first of a new run, at the step where the scheduler stands if one is under way."""
+        self._fresh = self._fresh or self._under_way
+        self.restart()
+
     def restart(self) -> None:
-        """Make the next call the first of a new run."""
+        """Forget the run."""
         self._step: Step | None = None
         self._seen: set[str] = set()
         self._key: float | None = None
@@ -109,6 +114,11 @@ class Clock:
         self._returned += 1
 
     @property
+    def _under_way(self) -> bool:
+        """Whether a scheduler tells the steps and has some left."""
+        return bool(self._grid) and self._returned < len(self._grid) - self._begin
+
+    @property
     def waiting(self) -> bool:
         """Whether no call was seen since the scheduler last advanced."""
         return self._fresh or self._step is None or self._step.n < self._returned
@@ -125,7 +135,7 @@ class Clock:
         Raises:
             ClockError: a second call in one step has no branch name.
         """
-        if self._fresh or (self._grid and self._returned < len(self._grid) - self._begin):
+        if self._fresh or self._under_way:
             return self._tick_scheduler(timestep, tuple(shape))
         return self._tick_call(timestep, tuple(shape))
 
@@ -156,18 +166,23 @@ class Clock:
         self._sigmas = [float(s) for s in torch.as_tensor(sigmas).tolist()] if aligned else []
         begin = getattr(scheduler, "begin_index", None)
         if begin is None:
-            begin = self._locate(_number(timestep))
+            begin = max(0, self._locate(_number(timestep)) - self._returned)
         self._begin = int(begin)
 
     def _locate(self, t: float | None) -> int:
-        """Where an image-to-image run enters the grid when the scheduler was not told; 0 if `t` is not on it."""
-        if t is None:
-            return 0
-        for scale in (1.0, 1000.0):  # flow pipelines feed the network t / 1000
-            for i, entry in enumerate(self._grid):
-                if abs(entry - t * scale) <= 1e-3 * max(1.0, abs(entry)):
-                    return i
-        return 0
+        """Where an image-to-image run enters the grid when the scheduler was not told; 0 if `t` is not on it.
+
+        Flow pipelines feed the network t / 1000, so 1.0 may be the first timestep of a grid or its last: the earlier
+        one is meant.
+        """
+        found: list[int] = []
+        for scale in (1.0, 1000.0) if t is not None and self._grid else ():
+            assert t is not None
+            gaps = [abs(entry - t * scale) for entry in self._grid]
+            nearest = min(range(len(gaps)), key=gaps.__getitem__)
+            if gaps[nearest] <= 1e-3 * max(1.0, abs(self._grid[nearest])):
+                found.append(nearest)
+        return min(found, default=0)
 
     def _tick_call(self, timestep: Any, shape: tuple[int, ...]) -> tuple[Step, bool]:
         context = self.context
@@ -219,5 +234,5 @@ class Clock:
         )
         raise ClockError(
             f"{what}: with guidance in two calls, wrap each in model.cache_context('cond') / ('uncond') "
-            "or in `with run.step('cond'):` / `with run.step('uncond'):`"
+            "or in `with run.step('cond'):` / `with run.step('uncond'):`; after a run that broke off call run.reset()"
         )

@@ -42,9 +42,7 @@ def test_two_runs_equal_two_fresh_ones(method: str, options: Options, kind: str)
     for out, (fresh, _) in zip(together, (*apart, apart[0]), strict=True):
         assert torch.equal(out, fresh)
     assert report.run_count == 3
-    assert [report.strip(r) for r in report.runs] == [report.strip()] + [
-        fresh.strip() for _, fresh in reversed(apart)
-    ]
+    assert [report.strip(r) for r in report.runs] == [report.strip()] + [fresh.strip() for _, fresh in reversed(apart)]
 
 
 @pytest.mark.parametrize(("method", "options", "kind"), cases(ACTIVE, KEPT))

@@ -196,7 +196,15 @@ def test_dropping_the_handle_keeps_the_method_on() -> None:
 
 @pytest.mark.parametrize(
     "target",
-    [None, 3, "flux", object(), FlowMatchEulerDiscreteScheduler(), nn.Linear, type("Empty", (), {"transformer": None})()],
+    [
+        None,
+        3,
+        "flux",
+        object(),
+        FlowMatchEulerDiscreteScheduler(),
+        nn.Linear,
+        type("Empty", (), {"transformer": None})(),
+    ],
 )
 def test_targets_of_an_unsupported_kind(target: object) -> None:
     with pytest.raises(elision.errors.UnsupportedTarget, match="denoiser") as caught:

@@ -162,7 +162,7 @@ def broken() -> Iterator[tuple[Loop, dict[str, int]]]:
 def test_exception_inside_the_denoiser(
     method: str, options: Options, kind: str, bare: bool, broken: tuple[Loop, dict[str, int]]
 ) -> None:
-    """At the first, second and fourth call that reaches the block; with and without a scheduler to tell of a new run."""
+    """At the first, second and fourth call that reaches the block, with and without a scheduler."""
     loop, state = broken
     with _applied(loop, method, options, bare) as run:
         fresh = loop(steps=STEPS, mode="sequential", name=run.step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -196,15 +197,7 @@ def test_dropping_the_handle_keeps_the_method_on() -> None:
 
 @pytest.mark.parametrize(
     "target",
-    [
-        None,
-        3,
-        "flux",
-        object(),
-        FlowMatchEulerDiscreteScheduler(),
-        nn.Linear,
-        type("Empty", (), {"transformer": None})(),
-    ],
+    [None, 3, "flux", object(), FlowMatchEulerDiscreteScheduler(), nn.Linear, SimpleNamespace(transformer=None)],
 )
 def test_targets_of_an_unsupported_kind(target: object) -> None:
     with pytest.raises(elision.errors.UnsupportedTarget, match="denoiser") as caught:

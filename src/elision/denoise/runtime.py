@@ -347,15 +347,21 @@ class HostRuntime:
                     "inside it: apply to the uncompiled model and call run.compile(), which compiles below the taps"
                 )
 
-    def check_in_place(self) -> None:
-        """Raise if something replaced a tap after `apply`."""
-        if all(tap.in_place for tap in self.taps):
-            return
-        lost = next(tap for tap in self.taps if not tap.in_place)
-        raise TapDisplaced(
+    def displaced(self) -> str | None:
+        """What to say if something replaced a tap after `apply`, None if all are in place."""
+        lost = next((tap for tap in self.taps if not tap.in_place), None)
+        if lost is None:
+            return None
+        return (
             f"a tap on {type(lost.owner).__name__} was replaced after apply (usually by compile()), so the method "
             "would silently do nothing: compile first, or use run.compile()"
         )
+
+    def check_in_place(self) -> None:
+        """Raise if something replaced a tap after `apply`."""
+        complaint = self.displaced()
+        if complaint is not None:
+            raise TapDisplaced(complaint)
 
     # -- calls ---------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from elision.bench import metrics
 from elision.bench.measure import Sample, run_method, run_plain
 from elision.bench.spec import Spec, parse, parse_many
 from elision.bench.subject import Subject, load_subject
-from elision.bench.summary import Arm, Comparison
+from elision.bench.summary import Arm, Comparison, Kind
 from elision.errors import MissingDependency, OptionError
 
 __all__ = ["AUTO", "Arm", "Comparison", "compare_denoise"]
@@ -141,7 +141,7 @@ class _Race:
         arms: list[Arm] = []
         counts: list[int] = []
         for spec in specs:
-            kind = "control" if spec.method.control else "method"
+            kind: Kind = "control" if spec.method.control else "method"
             if spec.label in {arm.label for arm in arms}:
                 continue
             _, sample, _ = run_method(self.subject, spec.method, self.total, seed, spec.profile)
@@ -255,7 +255,9 @@ class _Judge:
         """What is missing and why, and how far the numbers reach."""
         found = [self._note] if self._note else []
         if self.subject.classifier is None:
-            found.append("No classifier knows this model's images: feature distance and class accuracy are not reported")
+            found.append(
+                "No classifier knows this model's images: feature distance and class accuracy are not reported"
+            )
         else:
             width = int(self._features(torch.zeros(1, 1, 32, 32)).shape[1])
             if drawn < 2 * width:

@@ -54,7 +54,6 @@ class Sample:
     deciding: float = 0.0
     notes: list[str] = field(default_factory=list)
 
-
     @property
     def equal_steps(self) -> int:
         """Steps of the plain run that costs as much."""
@@ -82,7 +81,7 @@ def run_method(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ElisionWarning)
         options: dict[str, Any] = {} if profile is None else {"profile": profile}
-        with elision.apply(subject.pipe, method, **options) as run:  # type: ignore[arg-type]
+        with elision.apply(subject.pipe, method, **options) as run:
             images, seconds = subject.sample(steps, seed)
         report = run.report()
     assert isinstance(report, DenoiseReport)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -63,9 +64,7 @@ def lpips_metric() -> tuple[Callable[[Tensor, Tensor], list[float]] | None, str]
     weights = Path(torch.hub.get_dir()) / "checkpoints" / _LPIPS_BACKBONE
     if not weights.exists():
         return None, f"LPIPS is not reported: its backbone weights ({_LPIPS_BACKBONE}) are not in torch's hub cache"
-    import lpips  # an optional package
-
-    network = lpips.LPIPS(net="alex", verbose=False).eval()
+    network = importlib.import_module("lpips").LPIPS(net="alex", verbose=False).eval()
 
     @torch.no_grad()
     def distance(images: Tensor, reference: Tensor) -> list[float]:

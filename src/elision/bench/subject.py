@@ -88,7 +88,9 @@ def images_of(output: Any) -> Tensor:
     if value is None:
         value = getattr(output, "frames", None)
     if value is None:
-        raise UnsupportedTarget(f"{type(output).__name__} has neither images nor frames, so there is nothing to compare")
+        raise UnsupportedTarget(
+            f"{type(output).__name__} has neither images nor frames, so there is nothing to compare"
+        )
     if isinstance(value, list):
         value = torch.stack([torch.as_tensor(v) for v in value])
     tensor = torch.as_tensor(value).detach().float().cpu()

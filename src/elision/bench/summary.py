@@ -143,9 +143,7 @@ class Comparison:
                 "options": arm.spec.options if arm.spec else {},
             }
             records.append(entry)
-            records += [
-                {"kind": "sample", "arm": arm.label, **dataclasses.asdict(sample)} for sample in arm.samples
-            ]
+            records += [{"kind": "sample", "arm": arm.label, **dataclasses.asdict(sample)} for sample in arm.samples]
         records += [{"kind": "row", "row": row} for row in self.rows()]
         return results.write(path, "compare", self.setting(), records)
 

@@ -7,9 +7,8 @@ import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -21,13 +20,13 @@ out = Console()
 err = Console(stderr=True)
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 _BENCH = ("scipy", "skimage")
-_REPORT = ("jinja2", "matplotlib")
+_REPORT = ("jinja2",)
 
 
 class Group(TyperGroup):
     """A group whose commands end with one clear line and exit code 2 where the library refuses something."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run the command; `ElisionError` becomes a line, warnings of the library too."""
         try:
             with warnings.catch_warnings():
@@ -39,8 +38,15 @@ class Group(TyperGroup):
             raise typer.Exit(2) from None
 
 
-def _show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-    del rest
+def _show(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    del filename, lineno, file, line
     if issubclass(category, ElisionWarning):
         err.print(f"[yellow]warning:[/] {escape(str(message))}", soft_wrap=True, highlight=False)
 

@@ -34,16 +34,24 @@ def _tap_contract() -> str:
 
 
 def _cache_context() -> str:
-    """Diffusers' cached denoisers must name their guidance branches by `cache_context(name)`."""
+    """Diffusers' denoisers must name their guidance branches by `cache_context(name, ...)`."""
+    import dataclasses
     import inspect
 
     from diffusers import FluxTransformer2DModel
+    from diffusers.hooks import hooks
 
     parameters = list(inspect.signature(FluxTransformer2DModel.cache_context).parameters)
     if parameters[1:2] != ["name"]:
         raise AssertionError(f"cache_context takes {parameters}, expected a name: branches could not be told apart")
-    extra = "with step metadata" if len(parameters) > 2 else "by name only"
-    return f"cache_context tells the branch {extra}"
+    context: Any = getattr(hooks, "CacheContext", None)
+    if context is None:
+        return "cache_context tells the branch by name only"
+    fields = {field.name for field in dataclasses.fields(context)}
+    known = {"name", "step_index", "num_inference_steps", "timestep", "sigma"}
+    if not known <= fields:
+        raise AssertionError(f"CacheContext lacks {', '.join(sorted(known - fields))}")
+    return f"CacheContext has {', '.join(sorted(known))}"
 
 
 def _scheduler() -> str:
@@ -152,7 +160,7 @@ def _print(facts: dict[str, Any]) -> None:
     out.print(f"elision {facts['elision']}, Python {facts['python']}, {facts['accelerator'] or 'CPU only'}")
     for extra, packages in facts["packages"].items():
         parts = [f"{name} {number}" if number else f"[yellow]{name} –[/]" for name, number in packages.items()]
-        out.print(f"  {extra:<13}{', '.join(parts)}", highlight=False)
+        out.print(f"  {extra:<15}{', '.join(parts)}", highlight=False)
     marks = {True: "[green]ok[/]", False: "[bold red]FAILED[/]", None: "[yellow]skipped[/]"}
     for name, row in facts["checks"].items():
-        out.print(f"  {name:<13}{marks[row['ok']]}  {escape(row['detail'])}", highlight=False)
+        out.print(f"  {name:<15}{marks[row['ok']]}  {escape(row['detail'])}", highlight=False)

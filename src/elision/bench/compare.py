@@ -176,12 +176,17 @@ class _Race:
                     picture, sample = self._plain(steps, seed)
                     images[control.label, seed] = picture
                     control.samples.append(Sample(**vars(sample)))
-        ordered = [baseline, *sorted(arms, key=lambda a: a.kind != "method"), *fewer.values()]
+        ordered = [baseline, *sorted(arms, key=lambda a: a.kind != "method"), *sorted(fewer.values(), key=_cost)]
         for arm in ordered:
             drawn = [images[arm.label, seed] for seed in self.seeds]
             self.judge.judge(arm, drawn, [images["baseline", seed] for seed in self.seeds])
             arm.images = drawn[0][: self.keep].clone()
         return ordered
+
+
+def _cost(arm: Arm) -> float:
+    """Most computed steps first."""
+    return -sum(arm.per_seed("steps_computed"))
 
 
 def _rotated(arms: Sequence[Arm], turn: int) -> list[Arm]:

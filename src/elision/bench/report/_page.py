@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def render(comparison: Comparison) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    jinja.filters["breakable"] = breakable
     return jinja.get_template("report.html").render(
         comparison=comparison,
         sections=[_section(comparison, steps) for steps in comparison.steps],
@@ -56,6 +58,13 @@ def render(comparison: Comparison) -> str:
         kinds=KINDS,
         version=elision.__version__,
         images=len(comparison.prompts) * len(comparison.seeds),
+    )
+
+
+def breakable(label: str) -> Markup:
+    """A label that may break after its colon and commas, and nowhere else."""
+    return Markup("").join(
+        Markup("{}<wbr>" if part in ":," else "{}").format(part) for part in re.split("([:,])", label)
     )
 
 
@@ -154,5 +163,7 @@ def _table(rows: list[Row]) -> dict[str, Any]:
     columns = [name for name in texts[0] if name == "" or any(text[name] != "–" for text in texts)]
     return {
         "columns": [name or "arm" for name in columns],
-        "rows": [{"kind": row.kind, "cells": [text[c] for c in columns]} for row, text in zip(rows, texts, strict=True)],
+        "rows": [
+            {"kind": row.kind, "cells": [text[c] for c in columns]} for row, text in zip(rows, texts, strict=True)
+        ],
     }

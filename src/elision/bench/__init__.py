@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from elision.bench.claims import Claim, Finding
     from elision.bench.compare import Comparison, compare_denoise
-    from elision.bench.reproduce import reproduce
+    from elision.bench.reproduce import run_claims
 
-__all__ = ["Claim", "Comparison", "Finding", "compare_denoise", "reproduce"]
+__all__ = ["Claim", "Comparison", "Finding", "compare_denoise", "run_claims"]
 
 _WHERE = {
     "Claim": "claims",
     "Comparison": "compare",
     "Finding": "claims",
     "compare_denoise": "compare",
-    "reproduce": "reproduce",
+    "run_claims": "reproduce",
 }
 
 

@@ -49,12 +49,23 @@ def _arrays(images: Tensor) -> Array:
 
 
 def frechet(features: Array, reference: Array) -> float:
-    """Fréchet distance between Gaussians fitted to two feature sets [n, d] and [m, d]."""
-    mean_a, mean_b = features.mean(0), reference.mean(0)
-    cov_a, cov_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (features, reference))
-    root = linalg.sqrtm(cov_a @ cov_b)
-    trace = float(np.trace(cov_a) + np.trace(cov_b) - 2 * np.trace(np.real(root)))
-    return max(0.0, float(((mean_a - mean_b) ** 2).sum()) + trace)
+    """Fréchet distance between Gaussians fitted to two feature sets [n, d] and [m, d].
+
+    The trace of the root of the product of the covariances is the sum of the singular values of `Ra @ Rb.T`, with R
+    the triangular factors of the centred sets: the same number as by a matrix root, also where there are fewer samples
+    than features and the covariances are singular.
+    """
+    (mean_a, root_a), (mean_b, root_b) = _gaussian(features), _gaussian(reference)
+    common = float(linalg.svdvals(root_a @ root_b.T).sum())
+    spread = float((root_a**2).sum() + (root_b**2).sum())
+    return max(0.0, float(((mean_a - mean_b) ** 2).sum()) + spread - 2 * common)
+
+
+def _gaussian(features: Array) -> tuple[Array, Array]:
+    """Mean [d] and a factor R with R.T @ R the covariance [d, d]."""
+    mean = features.mean(0)
+    factor: Array = np.linalg.qr(features - mean, mode="r") / np.sqrt(max(1, len(features) - 1))
+    return mean, factor
 
 
 def lpips_metric() -> tuple[Callable[[Tensor, Tensor], list[float]] | None, str]:

@@ -26,7 +26,7 @@ def _silent(done: int, total: int, what: str) -> None:
 
 @dataclass
 class Reproduction:
-    """What `reproduce` returns."""
+    """What `run_claims` returns."""
 
     names: list[str]
     model: str
@@ -85,7 +85,7 @@ class Reproduction:
         return table
 
 
-def reproduce(
+def run_claims(
     names: Sequence[str],
     *,
     model: Any = "garments-flux",

@@ -120,7 +120,7 @@ def _value(method: str, field: dataclasses.Field[Any], text: str) -> Any:
 
 def _text(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:g}"
+        return repr(value)
     if isinstance(value, tuple):
         return "(" + ",".join(_text(v) for v in value) + ("," if len(value) == 1 else "") + ")"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -23,10 +23,10 @@ def reproduce(
     A claim that does not hold is a result: the exit code is 0.
     """
     need_bench()
-    from elision.bench.reproduce import reproduce as run
+    from elision.bench.reproduce import run_claims
 
     with progress(silent=as_json) as move:
-        result = run(names, model=model, steps=steps_of(steps) or [28], seeds=seeds_of(seeds), progress=move)
+        result = run_claims(names, model=model, steps=steps_of(steps) or [28], seeds=seeds_of(seeds), progress=move)
     path = result.save(output or Path("results") / f"reproduce-{'-'.join(result.names)}.jsonl")
     if as_json:
         print_json({**result.to_dict(), "files": {"results": str(path)}})

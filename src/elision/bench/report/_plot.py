@@ -49,11 +49,12 @@ def points(rows: Sequence[Row], x_of: Callable[[Row], float | None]) -> list[Poi
 
 def ticks(low: float, high: float, most: int = 7) -> list[float]:
     """Round numbers that cover the range."""
-    span = max(high - low, 1e-9)
+    span = high - low or max(abs(high), 1.0) / 10
     step = 10 ** math.floor(math.log10(span / most))
     step *= next(f for f in (1, 2, 5, 10) if span / (step * f) <= most)
     first = math.floor(low / step)
-    return [round(i * step, 10) for i in range(first, math.ceil(high / step) + 1)]
+    last = max(first + 1, math.ceil(high / step))
+    return [round(i * step, 10) for i in range(first, last + 1)]
 
 
 def scatter(found: Sequence[Point], x_title: str, name: str) -> str:

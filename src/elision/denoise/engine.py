@@ -16,6 +16,7 @@ from torch import Tensor
 
 from elision.denoise.adapters import Adapter, adapter_for
 from elision.denoise.compose import check
+from elision.denoise.flops import FlopBook
 from elision.denoise.policy import DenoiseMethod, Host, Plan
 from elision.denoise.report import DenoiseReport, RunRecord, StepRecord, Tally
 from elision.denoise.runtime import HostRuntime
@@ -85,6 +86,7 @@ class DenoiseApplied(Applied):
         self._run_count = self._held = self._peak = 0
         self._totals: dict[str, int] = {}
         self._final: DenoiseReport | None = None
+        self._books: list[FlopBook] = []
         self._zero()
         plans = [self._plan(module, profile, force) for module in target.denoisers]
         try:
@@ -138,6 +140,7 @@ class DenoiseApplied(Applied):
                 for note in plan.notes:
                     self._note(note)
             self.hosts.append(HostRuntime(host, module, groups, self))
+        self._books = [runtime.book for runtime in self.hosts]
         for runtime in self.hosts:
             try:
                 runtime.install()
@@ -253,12 +256,8 @@ class DenoiseApplied(Applied):
         run, self._run = self._run, None
         if run is None:
             return
-        totals = self._totals
         for record in run.steps:
-            totals[record.state] += 1
-            for tally in record.groups.values():
-                totals["outputs_computed"] += tally.computed
-                totals["outputs_stood_in"] += tally.stood_in
+            _add(self._totals, record)
         self._note_schedules()
         self._note_not_finite()
         numbers = {g.group.name: g.schedule.numbers() for h in self.hosts for g in h.groups}
@@ -308,23 +307,19 @@ class DenoiseApplied(Applied):
 
     def report(self) -> DenoiseReport:
         """What happened since `apply` or `reset()`, including the run in progress."""
-        report = copy.copy(self._final) if self._final is not None else self._summary()
+        report = self._summary() if self._final is None else copy.copy(self._final)
+        flops = [book.totals() for book in self._books]
+        known = [f for f in flops if f is not None]
+        if len(known) == len(flops):
+            report.flops_computed, report.flops_elided = sum(f[0] for f in known), sum(f[1] for f in known)
         report.notes = list(self._notes)
         return report
 
     def _summary(self) -> DenoiseReport:
-        current = [] if self._run is None else self._run.steps
         totals = dict(self._totals)
-        for record in current:
-            totals[record.state] += 1
-            for tally in record.groups.values():
-                totals["outputs_computed"] += tally.computed
-                totals["outputs_stood_in"] += tally.stood_in
-        flops = [host.flops() for host in self.hosts]
-        known = [f for f in flops if f is not None]
-        complete = len(known) == len(flops)
-        calls = sum(sum(host.calls.values()) for host in self.hosts)
-        elided = sum(n for host in self.hosts for (_, site), n in host.stood_in.items() if site.level == "model")
+        for record in [] if self._run is None else self._run.steps:
+            _add(totals, record)
+        elided = sum(n for book in self._books for (_, site), n in book.stood_in.items() if site.level == "model")
         return DenoiseReport(
             methods=[str(m) for m in self.methods],
             target=self.target.name,
@@ -338,12 +333,10 @@ class DenoiseApplied(Applied):
             steps_reused=totals["reused"],
             steps_predicted=totals["predicted"],
             steps_mixed=totals["mixed"],
-            calls=calls,
+            calls=sum(sum(book.calls.values()) for book in self._books),
             calls_elided=elided,
             outputs_computed=totals["outputs_computed"],
             outputs_stood_in=totals["outputs_stood_in"],
-            flops_computed=sum(f[0] for f in known) if complete else None,
-            flops_elided=sum(f[1] for f in known) if complete else None,
             shadow=[error for host in self.hosts for error in host.errors()],
         )
 
@@ -381,15 +374,21 @@ class DenoiseApplied(Applied):
         self._notes = [n for n in self._notes if "no adapter" in n or "by force" in n]
         for host in self.hosts:
             host.forget()
-            host.calls.clear()
-            host.stood_in.clear()
+            host.book.clear()
             host.finite.clear()
             host.shadow_errors.clear()
 
     def _finish(self) -> None:
-        lost = [host for host in self.hosts if not host.calls]
         self._end_run()
-        if lost and len(lost) == len(self.hosts) and self._run_count == 0:
+        if self._run_count == 0:
             self._note("the target was never called while the method was applied")
         self._final = self._summary()
         self.hosts = []
+
+
+def _add(totals: dict[str, int], record: StepRecord) -> None:
+    """Add one step to running totals."""
+    totals[record.state] += 1
+    for tally in record.groups.values():
+        totals["outputs_computed"] += tally.computed
+        totals["outputs_stood_in"] += tally.stood_in

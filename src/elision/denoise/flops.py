@@ -1,14 +1,67 @@
-"""Analytic FLOPs of a denoiser, by module, from the shapes of a call: counted on the meta device, so nothing runs."""
+"""Analytic FLOPs of a denoiser, by module, from the shapes of its calls: counted on the meta device."""
 
 from __future__ import annotations
 
+import copy
+import weakref
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
+
+from elision.denoise.sites import Site
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class FlopBook:
+    """Which shapes a denoiser was called with how often, and how often each site stood in; FLOPs on demand.
+
+    The denoiser is held weakly: once it is gone, FLOPs are unknown.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._numbers: dict[str, int] = {}
+        self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._counts: dict[int, dict[str, int] | None] = {}
+        self.calls: Counter[int] = Counter()
+        self.stood_in: Counter[tuple[int, Site]] = Counter()
+
+    def sign(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """The number under which calls of these shapes are counted."""
+        key = repr([(leaf.shape, leaf.dtype) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
+        if key not in self._numbers:
+            self._numbers[key] = len(self._arguments)
+            self._arguments.append(to_meta((args, kwargs)))
+        return self._numbers[key]
+
+    def clear(self) -> None:
+        """Forget how often; shapes stay known."""
+        self.calls.clear()
+        self.stood_in.clear()
+
+    def totals(self) -> tuple[int, int] | None:
+        """FLOPs computed and elided, None where the denoiser cannot run on the meta device."""
+        model, todo = self._model(), [n for n in self.calls if n not in self._counts]
+        if todo:
+            skeleton = None if model is None else meta_skeleton(model)
+            for number in todo:
+                self._counts[number] = None if skeleton is None else count(skeleton, *self._arguments[number])
+        whole = elided = 0
+        for number, times in self.calls.items():
+            counts = self._counts[number]
+            if counts is None:
+                return None
+            whole += counts[""] * times
+            elided += sum(
+                n * of_modules(counts, site.modules) for (which, site), n in self.stood_in.items() if which == number
+            )
+        return whole - elided, elided
 
 
 def to_meta(tree: Any) -> Any:
@@ -16,26 +69,36 @@ def to_meta(tree: Any) -> Any:
     return tree_map(lambda leaf: leaf.detach().to("meta") if isinstance(leaf, Tensor) else leaf, tree)
 
 
-def count(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int] | None:
-    """FLOPs of one call by module path ("" is the whole), or None where the model cannot run on the meta device.
+def meta_skeleton(model: nn.Module) -> nn.Module | None:
+    """A copy of the module tree on the meta device, without weights, hooks, taps or replaced forwards."""
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+    for b in model.buffers():
+        memo[id(b)] = torch.empty_like(b, device="meta")
+    try:
+        skeleton = copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError, AttributeError):
+        return None  # something in the tree cannot be copied; FLOPs are then unknown
+    for module in skeleton.modules():
+        module.__dict__.pop("forward", None)
+        for name in _HOOKS:
+            module.__dict__[name].clear()
+    return skeleton
 
-    Args:
-        model: the denoiser; taps must be passive while this runs.
-        args: positional and
-        kwargs: keyword arguments, as `to_meta` made them.
-    """
-    state: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    meta = {name: tensor.detach().to("meta") for name, tensor in state.items()}
+
+def count(skeleton: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int] | None:
+    """FLOPs of one call by module path ("" is the whole), None if the call cannot run without data."""
     counter = FlopCounterMode(display=False)
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), counter, torch.device("meta"):
-            torch.func.functional_call(model, meta, args, dict(kwargs))
+        with torch.no_grad(), torch.device("meta"), counter:
+            skeleton(*args, **dict(kwargs))
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
-        return None  # data-dependent models; the report then says that FLOPs are unknown
-    root = type(model).__name__
+        return None
+    root = type(skeleton).__name__ + "."
     counts = {name: sum(per.values()) for name, per in counter.get_flop_counts().items()}
-    total = counter.get_total_flops()
-    return {"": total} | {k.removeprefix(root + "."): v for k, v in counts.items() if k.startswith(root + ".")}
+    by_path = {name.removeprefix(root): flops for name, flops in counts.items() if name.startswith(root)}
+    return {"": counter.get_total_flops()} | by_path
 
 
 def of_modules(counts: Mapping[str, int], paths: Iterable[str]) -> int:

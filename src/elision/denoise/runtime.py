@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from elision.denoise import flops
+from elision.denoise.flops import FlopBook
 from elision.denoise.policy import Decision, Group, Host, Predictor, Schedule
 from elision.denoise.report import ShadowError, Tally
 from elision.denoise.sites import Call, Site, argument, first_tensor, parameter_names
@@ -200,11 +199,12 @@ class SiteRuntime:
             self._compare(inner, args, kwargs, values)
         tally = host.tally(self.group.group.name)
         setattr(tally, kind, getattr(tally, kind) + 1)
-        host.stood_in[host.signature, self.site] += 1
+        host.book.stood_in[host.signature, self.site] += 1
         return self._join(self._forms[self._form_key(kwargs)], values, call)
 
     def _observe(self, call: Call, values: dict[str, Tensor], computed: bool) -> None:
         step = self.host.step
+        self.host.renewed |= computed
         for stream, value in values.items():
             key = (step.branch, stream)
             predictor = self.predictors.get(key)
@@ -269,14 +269,13 @@ class HostRuntime:
         self.seconds = session.seconds
         self.shadow = session.shadow
         self.passive = False
+        self.renewed = False  # whether something was computed, and therefore kept, in this call
         self.visit = 0
         self.run = -1
         self.step = Step(0, 0, None, 0.0)
         self.signature = 0
         self.entries: dict[str, Tensor] = {}
-        self.signatures: dict[Any, tuple[int, Args, Kwargs]] = {}
-        self.calls: Counter[int] = Counter()
-        self.stood_in: Counter[tuple[int, Site]] = Counter()
+        self.book = FlopBook(host.model)
         self.shadow_errors: list[tuple[int, int, str, str, Tensor]] = []
         self.finite: list[tuple[int, int, str, Tensor]] = []
         self.taps: list[Tap] = []
@@ -370,11 +369,13 @@ class HostRuntime:
         seconds.deciding += perf_counter() - started
         try:
             out = inner(*args, **kwargs)
+            closing = perf_counter()
+            self._after(out)
+            seconds.deciding += perf_counter() - closing
         finally:
             self.entries.clear()
             others = seconds.deciding + seconds.standing_in - before
             seconds.computing += perf_counter() - started - others
-        self._after(out)
         return out
 
     def _tick(self, args: Args, kwargs: Kwargs) -> None:
@@ -391,9 +392,9 @@ class HostRuntime:
             self._restart(step.run)
         self.step = step
         if step.branch not in self._branches:
-            self._branches[step.branch] = self._sign(args, kwargs)
+            self._branches[step.branch] = self.book.sign(args, kwargs)
         self.signature = self._branches[step.branch]
-        self.calls[self.signature] += 1
+        self.book.calls[self.signature] += 1
 
     def _restart(self, run: int) -> None:
         self.check_in_place()
@@ -413,39 +414,19 @@ class HostRuntime:
         for site in self.sites:
             site.restart()
 
-    def _sign(self, args: Args, kwargs: Kwargs) -> int:
-        """Number of the call's shapes among those seen, for the FLOP count."""
-        meta_args, meta_kwargs = flops.to_meta((args, kwargs))
-        key = repr([getattr(leaf, "shape", None) for leaf in torch.utils._pytree.tree_leaves((args, kwargs))])
-        if key not in self.signatures:
-            self.signatures[key] = (len(self.signatures), meta_args, meta_kwargs)
-        return self.signatures[key][0]
-
     def _after(self, out: Any) -> None:
         value, _ = Form.split(out)
         if isinstance(value, Tensor):
             self.finite.append((self.step.run, self.step.n, self.step.branch, torch.isfinite(value).all()))
-        self.session.weigh()
+        if self.renewed:
+            self.renewed = False
+            self.session.weigh()
 
     # -- books ---------------------------------------------------------------------------------------------------
 
     def muted(self) -> Muted:
         """A context in which no tap of this denoiser acts."""
         return Muted(self)
-
-    def flops(self) -> tuple[int, int] | None:
-        """FLOPs computed and elided so far, None where the denoiser cannot be counted."""
-        whole = elided = 0
-        with self.muted():
-            for number, args, kwargs in self.signatures.values():
-                counts = flops.count(self.model, args, kwargs)
-                if counts is None:
-                    return None
-                whole += counts[""] * self.calls[number]
-                for (signature, site), times in self.stood_in.items():
-                    if signature == number:
-                        elided += times * flops.of_modules(counts, site.modules)
-        return whole - elided, elided
 
     def errors(self) -> list[ShadowError]:
         """The shadow errors so far, as numbers."""

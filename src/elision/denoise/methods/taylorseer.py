@@ -14,7 +14,8 @@ end of the warm-up), and no last step is forced. Differences start at step `firs
 forecast of the whole block stack's residual and `site="head"` one of the output projection (diffusers' lite mode):
 far less memory, but gates are then part of the forecast. `schedule="diffusers"` is the rule of diffusers'
 `TaylorSeerCacheConfig`: computed when `s < first_enhance` or `(s - first_enhance - 1) % interval == 0` or
-`s >= compute_after`, differences from the second computed step on.
+`s >= compute_after`, differences from the second computed step on; where diffusers raises because it is asked for a
+forecast before anything was computed (`first_enhance=0`), the step is computed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from elision.denoise.predictors import Residual, Taylor
 from elision.denoise.schedules import INTERVAL, TAIL, WARMUP, Interval
 from elision.denoise.sites import Call, Level, Site
 from elision.denoise.steps import Step
+from elision.errors import OptionError
 from elision.method import Paper, option, register
 from elision.profile import Profile
 
@@ -83,9 +85,9 @@ class TaylorSeer(DenoiseMethod):
         """Rules between options."""
         super().__post_init__()
         if self.compute_after is not None and self.schedule != "diffusers":
-            from elision.errors import OptionError
-
             raise OptionError("taylorseer: compute_after belongs to schedule='diffusers'; set that or leave it out")
+        if self.first_enhance < 1 and self.schedule == "official":
+            raise OptionError("taylorseer: first_enhance=0 leaves nothing to forecast from; it must be at least 1")
 
     def plan(self, host: Host, profile: Profile | None) -> Plan:
         """One schedule for all sites, one expansion per site, branch and stream."""
@@ -96,7 +98,7 @@ class TaylorSeer(DenoiseMethod):
     def _schedule(self) -> Schedule:
         if self.schedule == "diffusers":
             return _DiffusersInterval(self.interval, self.first_enhance, self.compute_after)
-        return Interval(self.interval, max(1, self.first_enhance))
+        return Interval(self.interval, self.first_enhance)
 
     def _predictor(self) -> Predictor:
         first = 0 if self.schedule == "diffusers" else self.first_enhance - 1

@@ -9,8 +9,8 @@ where p is a polynomial that turns input change into output change; the first an
 starts anew at every computed step. Each guidance branch decides by itself, as in the released code.
 
 p is fitted per model (`elision.fit(pipe, "teacache", calls=...)`: a least-squares polynomial between the relative
-changes of m and of the prediction, both measured step to step in uncached runs), or one of the published `coefficients`.
-Without either p(x) = x, and thresholds then mean input change.
+changes of m and of the prediction, both measured step to step in uncached runs), or one of the published
+`coefficients`. Without either p(x) = x, and thresholds then mean input change.
 """
 
 from __future__ import annotations

@@ -40,14 +40,14 @@ def zoo(monkeypatch: pytest.MonkeyPatch) -> None:
     import elision.zoo
     from elision.errors import UnknownName
 
-    def load(name: str) -> object:
+    def load(name: str, folder: object = None) -> object:
         if name == "garments-flux":
             return small_pipeline()
         if name == "garments-classifier":
             return small_classifier()
         raise UnknownName.of("zoo model", name, ["garments-flux", "garments-classifier"])
 
-    monkeypatch.setattr(elision.zoo, "load", load, raising=False)
-    monkeypatch.setattr(elision.zoo, "names", lambda: ["garments-flux", "garments-classifier"], raising=False)
-    monkeypatch.setattr(elision.zoo, "card", lambda name: f"# {name}\n\nA small\nmodel.\n\nMore.", raising=False)
-    monkeypatch.setattr(elision.zoo, "check", lambda name: {"accuracy": 0.91234, "images": 1000}, raising=False)
+    monkeypatch.setattr(elision.zoo, "load", load)
+    monkeypatch.setattr(elision.zoo, "names", lambda: dict.fromkeys(("garments-flux", "garments-classifier"), "small"))
+    monkeypatch.setattr(elision.zoo, "card", lambda name: {"name": name, "quality": {"samples": 7, "by": {}}})
+    monkeypatch.setattr(elision.zoo, "check", lambda name: {"accuracy": 0.91234, "images": 1000})

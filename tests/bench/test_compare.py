@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,14 @@ def test_environment_tells_what_matters() -> None:
     assert "T" in found["date"]
 
 
+def test_fewer_steps_are_named_by_their_mean_and_stay_apart() -> None:
+    first = compare._fewer_label((12, 13, 12), {})
+    assert first == "fewer_steps:steps=12.33"
+    taken = {(12, 13, 12): compare.Arm("fewer_steps", first, 28)}
+    assert compare._fewer_label((12, 13, 12), taken) == first
+    assert compare._fewer_label((13, 12, 12), taken) == first + "'"
+
+
 def test_controls_are_matched_to_the_computed_steps() -> None:
     assert matched_controls(10, 28)[0] == "uniform:interval=3,site=model"
     assert matched_controls(28, 28) == [
@@ -173,6 +182,19 @@ def test_table_leaves_out_empty_columns_and_shows_all_arms(comparison: Compariso
     assert {"PSNR dB", "speed-up", "FLOPs", "accuracy", "Δ fewer steps"} <= set(names)
     assert "LPIPS" not in names
     assert table.row_count == len(comparison.arms)
+
+
+def test_table_drops_columns_until_it_fits(comparison: Comparison) -> None:
+    from rich.console import Console
+
+    for width in (90, 120, 200):
+        console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+        console.print(comparison.table(width=width))
+        text = console.export_text()
+        assert "taylorseer:interval=3 " in text  # not folded
+        assert "Δ fewer steps" in text
+        assert max(len(line) for line in text.splitlines()) <= width
+        assert ("calls" in text) == (width == 200)
 
 
 @pytest.mark.parametrize(

@@ -57,3 +57,4 @@ def test_jackknife_of_a_mean_is_students_interval() -> None:
 
 def test_text_has_mean_and_half_width() -> None:
     assert f"{stats.Estimate(2.0, 1.5, 2.5, 4):.1f}" == "2.0 ± 0.5"
+    assert f"{stats.Estimate(2.0, 1.5, 2.5, 4):+.1f}" == "+2.0 ± 0.5"

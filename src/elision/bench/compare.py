@@ -20,8 +20,9 @@ from elision.errors import MissingDependency, OptionError
 __all__ = ["AUTO", "Arm", "Comparison", "compare_denoise"]
 
 AUTO = (
-    "easycache:threshold=0.2,warmup_steps=4",
+    "easycache:threshold=0.05,warmup_steps=4",
     "taylorseer:interval=3",
+    "taylorseer:interval=4",
     "uniform:interval=3",
     "first_block:threshold=0.2",
     "teacache:threshold=0.3",
@@ -169,7 +170,7 @@ class _Race:
         for arm in arms:
             arm.samples.sort(key=lambda s: self.seeds.index(s.seed))
             counts = tuple(s.equal_steps for s in arm.samples)
-            arm.equal_cost = _fewer_label(counts)
+            arm.equal_cost = _fewer_label(counts, fewer)
             if counts not in fewer:
                 control = fewer[counts] = Arm("fewer_steps", arm.equal_cost, self.total)
                 for steps, seed in zip(counts, self.seeds, strict=True):
@@ -194,12 +195,15 @@ def _rotated(arms: Sequence[Arm], turn: int) -> list[Arm]:
     return [*arms[shift:], *arms[:shift]]
 
 
-def _fewer_label(counts: Sequence[int]) -> str:
-    low, high = min(counts), max(counts)
-    if low == high:
-        return f"fewer_steps:steps={low}"
-    mean = sum(counts) / len(counts)
-    return f"fewer_steps:steps={low}..{high},mean={mean:.3g}"
+def _fewer_label(counts: Sequence[int], taken: Mapping[tuple[int, ...], Arm]) -> str:
+    """A name by the mean number of steps; ticks tell apart those that differ only from seed to seed."""
+    mine = tuple(counts)
+    if mine in taken:
+        return taken[mine].label
+    label = f"fewer_steps:steps={sum(counts) / len(counts):.4g}"
+    while label in {arm.label for arm in taken.values()}:
+        label += "'"
+    return label
 
 
 def matched_controls(computed: int, total: int) -> list[str]:

@@ -26,7 +26,7 @@ class Estimate:
         spec = spec or ".3g"
         if self.low is None or self.high is None:
             return format(self.mean, spec)
-        return f"{format(self.mean, spec)} ± {format((self.high - self.low) / 2, spec)}"
+        return f"{format(self.mean, spec)} ± {format((self.high - self.low) / 2, spec.replace('+', ''))}"
 
     def interval(self, spec: str = ".3g") -> str:
         """The mean and both ends, as in `1.84 [1.71, 1.97]`."""

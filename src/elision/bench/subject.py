@@ -170,22 +170,28 @@ def _from_pretrained(where: str) -> Any:
         from diffusers import DiffusionPipeline
     except ImportError as error:
         raise MissingDependency("diffusers is not installed: pip install 'elision[diffusers]'") from error
+    if _holds_garments(where):
+        return _load_garments(where)
     try:
-        pipe = _own_class(where, DiffusionPipeline).from_pretrained(where)
+        pipe = DiffusionPipeline.from_pretrained(where)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise UnknownName(f"{where!r} is neither a zoo model nor a pipeline that can be loaded: {reason}") from error
     return pipe.to("cuda") if torch.cuda.is_available() else pipe
 
 
-def _own_class(where: str, otherwise: Any) -> Any:
-    """The zoo's pipeline class for a folder that holds one, which diffusers alone could not find."""
+def _holds_garments(where: str) -> bool:
+    """Whether a folder holds a pipeline of the zoo's own class, which diffusers alone could not find."""
     index = Path(where) / "model_index.json"
-    if index.is_file() and json.loads(index.read_text()).get("_class_name") == "GarmentsPipeline":
-        from elision.zoo.garments_flux import GarmentsPipeline
+    return index.is_file() and json.loads(index.read_text()).get("_class_name") == "GarmentsPipeline"
 
-        return GarmentsPipeline
-    return otherwise
+
+def _load_garments(where: str) -> Any:
+    from elision.zoo.garments_flux import GarmentsPipeline
+
+    if any(Path(where, "transformer").glob("*.fp16.safetensors")):  # as `elision zoo train` writes it
+        return importlib.import_module("elision.zoo").load("garments-flux", folder=where)
+    return GarmentsPipeline.from_pretrained(where)
 
 
 def _garments(name: str, pipe: Any) -> Subject:

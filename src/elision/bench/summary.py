@@ -168,11 +168,11 @@ class Comparison:
                 arms[-1].samples.append(Sample(**{k: v for k, v in record.items() if k not in ("kind", "arm")}))
         return cls(**head["setting"], arms=arms, environment=head["environment"])
 
-    def table(self, steps: int | None = None) -> Table:
-        """A rich table of the rows at one number of steps (the first)."""
+    def table(self, steps: int | None = None, width: int | None = None) -> Table:
+        """A rich table of the rows at one number of steps (the first), with the columns that fit into `width`."""
         from elision.bench.table import comparison_table
 
-        return comparison_table(self, self.steps[0] if steps is None else steps)
+        return comparison_table(self, self.steps[0] if steps is None else steps, width)
 
 
 def _estimate(record: Mapping[str, Any] | None) -> Estimate | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -48,11 +49,20 @@ def cells(row: Row) -> dict[str, str]:
     }
 
 
-def comparison_table(comparison: Comparison, steps: int) -> Table:
-    """The rows at one number of steps; columns that are empty everywhere are left out."""
+def comparison_table(comparison: Comparison, steps: int, width: int | None = None) -> Table:
+    """The rows at one number of steps; columns that are empty everywhere are left out.
+
+    Args:
+        comparison: what to show.
+        steps: which of its numbers of steps.
+        width: letters that fit on a line; the least important columns go until the others fit.
+    """
     rows = [row for row in comparison.rows() if row.steps == steps]
     texts = [cells(row) for row in rows]
     columns = [name for name in texts[0] if name == "" or any(text[name] != "–" for text in texts)]
+    for name in _DISPENSABLE:
+        if width is not None and _width(columns, texts) > width and name in columns:
+            columns.remove(name)
     images = len(comparison.prompts) * len(comparison.seeds)
     table = Table(
         title=f"{comparison.model}, {steps} steps, {images} images from {len(comparison.seeds)} seeds",
@@ -60,9 +70,23 @@ def comparison_table(comparison: Comparison, steps: int) -> Table:
         "run from the same noise · Δ is PSNR minus that of plain sampling with as many steps as were computed",
         title_style="bold",
         caption_style="dim",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
     )
     for name in columns:
         table.add_column(name, justify="left" if name == "" else "right", no_wrap=name != "", overflow="fold")
+    last = rows[0].kind
     for row, text in zip(rows, texts, strict=True):
+        if row.kind != last:
+            table.add_section()
+        last = row.kind
         table.add_row(*(text[name] for name in columns), style=_STYLES[row.kind])
     return table
+
+
+_DISPENSABLE = ("calls", "to real", "seconds", "SSIM", "distance", "peak held", "LPIPS", "accuracy", "FLOPs")
+
+
+def _width(columns: list[str], texts: list[dict[str, str]]) -> int:
+    """Letters of a line: every column as wide as its longest cell, with padding, dividers and both edges."""
+    return sum(max(len(name), *(len(text[name]) for text in texts)) + 3 for name in columns) + 1

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from elision.cli._common import JsonFlag, need_bench, out, print_json, progress
+from elision.cli._common import JsonFlag, need_bench, out, print_json, print_table, progress
 
 
 def methods(
@@ -34,7 +34,7 @@ def methods(
     for row in sorted(rows, key=lambda r: (r.family, r.control, r.name)):
         venue = row.paper.venue if row.paper else "–"
         table.add_row(row.name, row.family, row.description, venue, style="dim" if row.control else "")
-    out.print(table)
+    print_table(table)
     out.print("Dim rows are baselines and controls. `elision show NAME` tells options and paper.", style="dim")
 
 
@@ -75,7 +75,7 @@ def show(
     for option in _options(cls):
         table.add_row(option["option"], escape(repr(option["default"])), escape(option["range"]), option["meaning"])
     out.print()
-    out.print(table)
+    print_table(table)
     if row.paper:
         out.print(f"\n[bold]paper[/]    {escape(row.paper.title)}, {row.paper.venue}, {row.paper.url}")
     out.print(f"[bold]targets[/]  {', '.join(row.targets) or 'any'}")
@@ -85,7 +85,7 @@ def show(
 
 def fit(
     method: Annotated[str, typer.Argument(help='A method with options, as in "teacache:degree=3".')],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Profile file to write (.safetensors).")],
+    output: Annotated[Path, typer.Option("--out", "--output", "-o", help="Profile file to write (.safetensors).")],
     model: Annotated[str, typer.Option(help="Zoo name, hub id or local path of a pipeline.")] = "garments-flux",
     calls: Annotated[int, typer.Option(min=1, help="Runs to learn from; each draws one batch of prompts.")] = 4,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of every run.")] = None,

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any, TextIO
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from typer.core import TyperGroup
 
@@ -54,6 +54,16 @@ def _show(
 def print_json(value: Any) -> None:
     """One JSON document on standard output and nothing else."""
     typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def table_width() -> int:
+    """Columns for tables: the terminal's, or plenty where the output goes to a file or a pipe."""
+    return out.width if out.is_terminal else 180
+
+
+def print_table(table: RenderableType) -> None:
+    """A table as wide as it may be."""
+    out.print(table, width=table_width(), crop=False)
 
 
 def need(*packages: str, extra: str) -> None:

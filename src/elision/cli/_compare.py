@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elision.cli._common import Group, JsonFlag, need_bench, out, print_json, progress, seeds_of, steps_of
+from elision.cli._common import (
+    Group,
+    JsonFlag,
+    need_bench,
+    out,
+    print_json,
+    print_table,
+    progress,
+    seeds_of,
+    steps_of,
+    table_width,
+)
 
 if TYPE_CHECKING:
     from elision.bench.summary import Comparison
@@ -35,7 +46,7 @@ def denoise(
     batch: Annotated[int | None, typer.Option(min=1, help="Images per run.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     controls: Annotated[bool, typer.Option(help="Add uniform, random and stale reuse at matched cost.")] = True,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Result file (.jsonl).")] = None,
+    output: Annotated[Path | None, typer.Option("--out", "--output", "-o", help="Result file (.jsonl).")] = None,
     report: Annotated[bool, typer.Option(help="Also write the HTML report beside the result file.")] = True,
     as_json: JsonFlag = False,
 ) -> None:
@@ -59,7 +70,7 @@ def denoise(
 
 
 def demo(
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Result file (.jsonl).")] = None,
+    output: Annotated[Path | None, typer.Option("--out", "--output", "-o", help="Result file (.jsonl).")] = None,
     seeds: Annotated[str, typer.Option(help="How many seeds.")] = "3",
     as_json: JsonFlag = False,
 ) -> None:
@@ -90,7 +101,7 @@ def _publish(result: Comparison, path: Path, report: bool, as_json: bool) -> Non
         print_json({**result.to_dict(), "files": files})
         return
     for steps in result.steps:
-        out.print(result.table(steps))
+        print_table(result.table(steps, table_width()))
     for note in result.notes:
         out.print(f"note: {note}", style="dim", highlight=False)
     out.print(f"results  {path}", highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from elision.cli._common import JsonFlag, need_bench, out, print_json, progress, seeds_of, steps_of
+from elision.cli._common import JsonFlag, need_bench, out, print_json, print_table, progress, seeds_of, steps_of
 
 
 def reproduce(
@@ -15,7 +15,7 @@ def reproduce(
     model: Annotated[str, typer.Option(help="Zoo name, hub id or local path of a pipeline.")] = "garments-flux",
     steps: Annotated[str, typer.Option(help="Numbers of steps to test at.")] = "28,50",
     seeds: Annotated[str, typer.Option(help='How many seeds ("6"), or which ("3,7").')] = "6",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Result file (.jsonl).")] = None,
+    output: Annotated[Path | None, typer.Option("--out", "--output", "-o", help="Result file (.jsonl).")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Test what papers claim of their methods, at our scale: paper's figure, ours, verdict.
@@ -31,5 +31,5 @@ def reproduce(
     if as_json:
         print_json({**result.to_dict(), "files": {"results": str(path)}})
         return
-    out.print(result.table())
+    print_table(result.table())
     out.print(f"results  {path}", highlight=False, soft_wrap=True)

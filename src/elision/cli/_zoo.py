@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from elision.cli._common import Group, JsonFlag, need, out, print_json, quiet_loading
+from elision.cli._common import Group, JsonFlag, need, out, print_json, print_table, quiet_loading
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="The small trained models that ship with the library.")
 
@@ -21,7 +21,7 @@ def _zoo() -> Any:
 
 @app.command("list")
 def list_(as_json: JsonFlag = False) -> None:
-    """List the models with the first lines of their cards."""
+    """List the models with their measured quality."""
     zoo = _zoo()
     cards = {name: zoo.card(name) for name in zoo.names()}
     if as_json:
@@ -31,24 +31,19 @@ def list_(as_json: JsonFlag = False) -> None:
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("model", no_wrap=True)
-    table.add_column("card")
-    for name, card in cards.items():
-        table.add_row(name, _brief(card))
-    out.print(table)
-
-
-def _brief(card: Any) -> str:
-    """The first paragraph of a card in Markdown, or the entries of one that is a mapping."""
-    if isinstance(card, dict):
-        return "\n".join(f"{key}: {value}" for key, value in card.items())
-    paragraphs = [p.strip() for p in str(card).split("\n\n") if p.strip() and not p.lstrip().startswith(("#", "---"))]
-    return paragraphs[0].replace("\n", " ") if paragraphs else ""
+    table.add_column("what it is")
+    table.add_column("measured")
+    for name, summary in zoo.names().items():
+        quality = cards[name].get("quality", {})
+        numbers = [f"{key} {value:g}" for key, value in quality.items() if isinstance(value, (int, float))]
+        table.add_row(name, summary, ", ".join(numbers))
+    print_table(table)
 
 
 @app.command("train")
 def train(
     name: Annotated[str, typer.Argument(help="Name of a model, see `elision zoo list`.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the trained model to.")],
+    output: Annotated[Path, typer.Option("--out", "--output", "-o", help="Folder to write the trained model to.")],
 ) -> None:
     """Train a model again from its recipe; progress is printed as it goes."""
     _zoo().train(name, out=output)

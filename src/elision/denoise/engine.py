@@ -22,7 +22,15 @@ from elision.denoise.report import DenoiseReport, RunRecord, StepRecord, Tally
 from elision.denoise.runtime import HostRuntime
 from elision.denoise.steps import Clock, Context, Step
 from elision.errors import ElisionWarning, OptionError, ProfileError
-from elision.hooks.diffusers import Target, inspect_target, is_set_up, tap_cache_context, tap_scheduler, tappable, unwrap
+from elision.hooks.diffusers import (
+    Target,
+    inspect_target,
+    is_set_up,
+    tap_cache_context,
+    tap_scheduler,
+    tappable,
+    unwrap,
+)
 from elision.hooks.taps import Tap
 from elision.method import Method
 from elision.profile import Profile, fingerprint

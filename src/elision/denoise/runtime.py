@@ -231,6 +231,7 @@ class SiteRuntime:
 
     def _observe(self, call: Call, values: dict[str, Tensor], computed: bool) -> None:
         step = self.host.step
+        self.host.renewed |= computed
         if computed:
             self.group.observe(self.site, values.values())
         for stream, value in values.items():
@@ -297,6 +298,7 @@ class HostRuntime:
         self.seconds = session.seconds
         self.shadow = session.shadow
         self.passive = False
+        self.renewed = False  # whether something was computed, and therefore kept, in this call
         self.visit = 0
         self.run = -1
         self.step = Step(0, 0, None, 0.0)
@@ -402,6 +404,9 @@ class HostRuntime:
         seconds.deciding += perf_counter() - started
         try:
             out = inner(*args, **kwargs)
+            closing = perf_counter()
+            self._after(out)
+            seconds.deciding += perf_counter() - closing
         except BaseException:
             self.session.clock.reset()  # what came of this call is unknown: the next one starts a run
             raise
@@ -409,7 +414,6 @@ class HostRuntime:
             self.entries.clear()
             others = seconds.deciding + seconds.standing_in - before
             seconds.computing += perf_counter() - started - others
-        self._after(out)
         return out
 
     def _tick(self, args: Args, kwargs: Kwargs) -> None:
@@ -452,7 +456,9 @@ class HostRuntime:
         value, _ = Form.split(out)
         if isinstance(value, Tensor):
             self.finite.append((self.step.run, self.step.n, self.step.branch, torch.isfinite(value).all()))
-        self.session.weigh()
+        if self.renewed:
+            self.renewed = False
+            self.session.weigh()
 
     # -- books ---------------------------------------------------------------------------------------------------
 

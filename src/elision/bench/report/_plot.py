@@ -1,0 +1,162 @@
+"""The quality-against-speed plot as SVG; colours come from the page's style, so it follows light and dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from elision.bench.summary import Row
+
+WIDTH, HEIGHT = 620, 400
+LEFT, RIGHT, TOP, BOTTOM = 52, 18, 18, 46
+_LETTER = 6.2  # width of a letter of the labels
+
+
+@dataclass(frozen=True)
+class Point:
+    """One arm in the plot."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+    label: str
+    kind: str
+
+
+def points(rows: Sequence[Row], x_of: Callable[[Row], float | None]) -> list[Point]:
+    """The arms that have a finite quality and a speed; the uncached run has no error and is left out."""
+    found: list[Point] = []
+    for row in rows:
+        x = x_of(row)
+        if row.kind == "baseline" or x is None or row.psnr.mean > 99:
+            continue
+        low, high = row.psnr.low, row.psnr.high
+        found.append(
+            Point(
+                x,
+                row.psnr.mean,
+                row.psnr.mean if low is None else low,
+                row.psnr.mean if high is None else high,
+                row.label,
+                row.kind,
+            )
+        )
+    return found
+
+
+def ticks(low: float, high: float, most: int = 7) -> list[float]:
+    """Round numbers that cover the range."""
+    span = high - low or max(abs(high), 1.0) / 10
+    step = 10 ** math.floor(math.log10(span / most))
+    step *= next(f for f in (1, 2, 5, 10) if span / (step * f) <= most)
+    first = math.floor(low / step)
+    last = max(first + 1, math.ceil(high / step))
+    return [round(i * step, 10) for i in range(first, last + 1)]
+
+
+def scatter(found: Sequence[Point], x_title: str, name: str) -> str:
+    """An SVG of quality over speed: the line is plain sampling with fewer steps, the mark to beat."""
+    if not found:
+        return ""
+    xs = ticks(min(1.0, *(p.x for p in found)), max(p.x for p in found), 6)
+    ys = ticks(min(p.y for p in found), max(p.y for p in found))
+
+    def sx(x: float) -> float:
+        return LEFT + (x - xs[0]) / (xs[-1] - xs[0]) * (WIDTH - LEFT - RIGHT)
+
+    def sy(y: float) -> float:
+        y = min(max(y, ys[0]), ys[-1])  # an interval may reach beyond the axes
+        return HEIGHT - BOTTOM - (y - ys[0]) / (ys[-1] - ys[0]) * (HEIGHT - TOP - BOTTOM)
+
+    best = max(found, key=lambda p: p.y)
+    summary = f"Quality against speed, {len(found)} points; the highest quality is {best.label} at {best.y:.1f} dB"
+    parts = [
+        f'<svg class="plot" id="{name}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(summary)}" '
+        'xmlns="http://www.w3.org/2000/svg">',
+        *_axes(xs, ys, sx, sy, x_title),
+        _line([p for p in found if p.kind == "fewer_steps"], sx, sy),
+    ]
+    order = {"fewer_steps": 0, "control": 1, "method": 2}
+    ordered = sorted(found, key=lambda p: order[p.kind])
+    parts += [_marker(p, sx, sy) for p in ordered]
+    parts += _labels([p for p in reversed(ordered) if p.kind != "fewer_steps"], ordered, sx, sy)
+    return "\n".join([*parts, "</svg>"])
+
+
+Scale = Callable[[float], float]
+
+
+def _axes(xs: Sequence[float], ys: Sequence[float], sx: Scale, sy: Scale, x_title: str) -> list[str]:
+    base, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    parts = [
+        f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{sy(y):.1f}" y2="{sy(y):.1f}"/>'
+        f'<text class="tick" x="{LEFT - 8}" y="{sy(y) + 4:.1f}" text-anchor="end">{y:g}</text>'
+        for y in ys
+    ]
+    parts += [
+        f'<line class="grid" x1="{sx(x):.1f}" x2="{sx(x):.1f}" y1="{TOP}" y2="{base}"/>'
+        f'<text class="tick" x="{sx(x):.1f}" y="{base + 18}" text-anchor="middle">{x:g}×</text>'
+        for x in xs
+    ]
+    middle = (TOP + base) / 2
+    parts.append(f'<text class="axis" x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{x_title}</text>')
+    parts.append(
+        f'<text class="axis" transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">'
+        "PSNR to the uncached run, dB</text>"
+    )
+    return parts
+
+
+def _line(fewer: Sequence[Point], sx: Scale, sy: Scale) -> str:
+    path = " ".join(f"{sx(p.x):.1f},{sy(p.y):.1f}" for p in sorted(fewer, key=lambda p: p.y))
+    return f'<polyline class="fewer" points="{path}"/>' if len(fewer) > 1 else ""
+
+
+def _marker(p: Point, sx: Scale, sy: Scale) -> str:
+    x, y = sx(p.x), sy(p.y)
+    title = f"<title>{escape(p.label)}: {p.y:.1f} dB [{p.low:.1f}, {p.high:.1f}] at {p.x:.2f} times</title>"
+    whisker = f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{sy(p.low):.1f}" y2="{sy(p.high):.1f}"/>'
+    if p.kind == "method":
+        shape = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6"/>'
+    elif p.kind == "control":
+        shape = f'<rect x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9" rx="1.5"/>'
+    else:
+        shape, whisker = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>', ""
+    return f'<g class="mark {p.kind}">{title}{whisker}{shape}</g>'
+
+
+Box = tuple[float, float, float, float]
+
+
+def _labels(named: Sequence[Point], everything: Sequence[Point], sx: Scale, sy: Scale) -> list[str]:
+    """Labels at the first free place around their points, so that none covers another label or a marker."""
+    taken: list[Box] = [(sx(p.x) - 6, sy(p.y) - 6, sx(p.x) + 6, sy(p.y) + 6) for p in everything]
+    parts: list[str] = []
+    for p in named:
+        x, y, width = sx(p.x), sy(p.y), len(p.label) * _LETTER
+        places = [(x + 11 if side > 0 else x - 11 - width, y + 4 + shift) for shift in _SHIFTS for side in (1, -1)]
+        boxes = [(left, foot - 10, left + width, foot + 3) for left, foot in places]
+        free = [i for i, box in enumerate(boxes) if _inside(box) and not any(_meet(box, other) for other in taken)]
+        inside = [i for i, box in enumerate(boxes) if _inside(box)]
+        chosen = (free or inside or [0])[0]
+        taken.append(boxes[chosen])
+        left, foot = places[chosen]
+        if abs(foot - 4 - y) > 12:
+            near = left if left > x else left + width
+            parts.append(f'<line class="leader" x1="{x:.1f}" y1="{y:.1f}" x2="{near:.1f}" y2="{foot - 4:.1f}"/>')
+        parts.append(f'<text class="label {p.kind}" x="{left:.1f}" y="{foot:.1f}">{escape(p.label)}</text>')
+    return parts
+
+
+_SHIFTS = (0, -13, 13, -26, 26, -39, 39, -52, 52, -65, 65)
+
+
+def _inside(box: Box) -> bool:
+    return box[0] >= LEFT and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM
+
+
+def _meet(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -1,0 +1,122 @@
+"""`elision methods`, `elision show`, `elision fit`: what there is, and its offline part."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from elision.cli._common import JsonFlag, need_bench, out, print_json, print_table, progress
+
+
+def methods(
+    family: Annotated[str | None, typer.Option(help="Only methods of this family.")] = None, as_json: JsonFlag = False
+) -> None:
+    """List every method."""
+    import elision
+    from elision.errors import UnknownName
+    from elision.method import FAMILIES
+
+    if family is not None and family not in FAMILIES:
+        raise UnknownName.of("family", family, FAMILIES)
+    rows = elision.methods(family)
+    if as_json:
+        print_json([dataclasses.asdict(row) for row in rows])
+        return
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("method", "family", "what it does", "published"):
+        table.add_column(column)
+    for row in sorted(rows, key=lambda r: (r.family, r.control, r.name)):
+        venue = row.paper.venue if row.paper else "–"
+        table.add_row(row.name, row.family, row.description, venue, style="dim" if row.control else "")
+    print_table(table)
+    out.print("Dim rows are baselines and controls. `elision show NAME` tells options and paper.", style="dim")
+
+
+def _options(cls: Any) -> list[dict[str, Any]]:
+    from elision.method import describe_range
+
+    return [
+        {
+            "option": field.name,
+            "default": field.default,
+            "type": str(field.type),
+            "range": describe_range(field),
+            "meaning": field.metadata.get("doc", ""),
+        }
+        for field in cls.options().values()
+    ]
+
+
+def show(
+    name: Annotated[str, typer.Argument(help="Name of a method, see `elision methods`.")], as_json: JsonFlag = False
+) -> None:
+    """Show one method: what it does, its options with their ranges, its paper, what it can be applied to."""
+    from elision.method import find, info
+
+    cls = find(name)
+    row, text = info(cls), inspect.getdoc(inspect.getmodule(cls)) or inspect.getdoc(cls) or ""
+    if as_json:
+        print_json({**dataclasses.asdict(row), "options": _options(cls), "documentation": text})
+        return
+    from rich.markup import escape
+    from rich.table import Table
+
+    out.print(f"[bold]{row.name}[/]  {escape(row.description)}\n")
+    out.print(escape(text), highlight=False, style="dim")
+    table = Table(title="options", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("option", "default", "range", "meaning"):
+        table.add_column(column)
+    for option in _options(cls):
+        table.add_row(option["option"], escape(repr(option["default"])), escape(option["range"]), option["meaning"])
+    out.print()
+    print_table(table)
+    if row.paper:
+        out.print(f"\n[bold]paper[/]    {escape(row.paper.title)}, {row.paper.venue}, {row.paper.url}")
+    out.print(f"[bold]targets[/]  {', '.join(row.targets) or 'any'}")
+    profile = "a profile is required: elision fit" if row.needs_profile else "no profile is required"
+    out.print(f"[bold]profile[/]  {profile}")
+
+
+def fit(
+    method: Annotated[str, typer.Argument(help='A method with options, as in "teacache:degree=3".')],
+    output: Annotated[Path, typer.Option("--out", "--output", "-o", help="Profile file to write (.safetensors).")],
+    model: Annotated[str, typer.Option(help="Zoo name, hub id or local path of a pipeline.")] = "garments-flux",
+    calls: Annotated[int, typer.Option(min=1, help="Runs to learn from; each draws one batch of prompts.")] = 4,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of every run.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeat for a batch.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Run the offline part of a method and write what it learned."""
+    need_bench()
+    import elision
+    from elision.bench.spec import parse
+    from elision.bench.subject import load_subject
+
+    spec = parse(method)
+    if type(spec.method).fit is elision.Method.fit:
+        spec.method.fit(None, [])  # has no offline part and says so, before a model is loaded
+    subject = load_subject(model, prompts=prompt)
+    with progress(silent=as_json) as move:
+
+        def call(seed: int) -> Any:
+            def run(pipe: Any) -> Any:
+                del pipe  # the subject's own
+                move(seed, calls, f"run {seed + 1}")
+                return subject.sample(steps or subject.steps, seed)
+
+            return run
+
+        profile = elision.fit(subject.pipe, spec.method, calls=[call(seed) for seed in range(calls)])
+    profile.save(output)
+    facts = {"method": spec.label, "model": subject.name, "calls": calls, "profile": str(output), **profile.facts}
+    if as_json:
+        print_json({**facts, "tensors": {name: list(t.shape) for name, t in profile.tensors.items()}})
+        return
+    out.print(f"wrote {output}: {spec.label} on {subject.name}, {calls} runs", highlight=False)
+    out.print(f'use it: elision compare denoise --methods "{spec.name}:profile={output}"', style="dim", highlight=False)

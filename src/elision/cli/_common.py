@@ -58,7 +58,7 @@ def print_json(value: Any) -> None:
 
 def table_width() -> int:
     """Columns for tables: the terminal's, or plenty where the output goes to a file or a pipe."""
-    return out.width if out.is_terminal else 180
+    return out.width if out.is_terminal else 220
 
 
 def print_table(table: RenderableType) -> None:

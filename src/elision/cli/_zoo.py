@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from elision.cli._common import Group, JsonFlag, need, out, print_json, print_table, quiet_loading
+from elision.cli._common import Group, JsonFlag, err, need, out, print_json, print_table, quiet_loading
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="The small trained models that ship with the library.")
 
@@ -56,7 +56,7 @@ def check(
 ) -> None:
     """Measure the quality that a model's card states."""
     zoo = _zoo()
-    with out.status(f"measuring {name}"):
+    with err.status(f"measuring {name}"):
         numbers = zoo.check(name)
     if as_json:
         print_json(numbers)

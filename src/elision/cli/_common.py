@@ -62,8 +62,8 @@ def table_width() -> int:
 
 
 def print_table(table: RenderableType) -> None:
-    """A table as wide as it may be."""
-    out.print(table, width=table_width(), crop=False)
+    """A table as wide as it may be; a console of its own, as `print` cannot exceed the width of `out`."""
+    (out if out.is_terminal else Console(width=table_width())).print(table)
 
 
 def need(*packages: str, extra: str) -> None:

@@ -35,7 +35,7 @@ def list_(as_json: JsonFlag = False) -> None:
     table.add_column("measured")
     for name, summary in zoo.names().items():
         quality = cards[name].get("quality", {})
-        numbers = [f"{key} {value:g}" for key, value in quality.items() if isinstance(value, (int, float))]
+        numbers = [f"{key} {value}" for key, value in quality.items() if isinstance(value, (int, float))]
         table.add_row(name, summary, ", ".join(numbers))
     print_table(table)
 

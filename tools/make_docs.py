@@ -1,7 +1,7 @@
 """Writes what the documentation derives from the registry: a page per method, and the table in the README.
 
-    python tools/make_docs.py           write both
-    python tools/make_docs.py --check   fail if the README's table is out of date
+python tools/make_docs.py           write both
+python tools/make_docs.py --check   fail if the README's table is out of date
 """
 
 from __future__ import annotations

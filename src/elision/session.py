@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -65,7 +65,18 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts and numbers, for JSON."""
-        return asdict(self)
+        plain = _plain(self)
+        assert isinstance(plain, dict)
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses and mappings as dicts, sequences as lists (`asdict` breaks counters: it counts their items)."""
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 class Applied(ABC):
@@ -80,6 +91,7 @@ class Applied(ABC):
         self._taps: list[Tap] = []
         self._owned: list[Any] = []
         self._closed = False
+        self._broke_off = False
 
     @abstractmethod
     def report(self) -> Report:
@@ -88,6 +100,10 @@ class Applied(ABC):
     @abstractmethod
     def _clear(self) -> None:
         """Forget the state of the current run and all counters."""
+
+    @abstractmethod
+    def _leave(self) -> None:
+        """Look at the taps a last time, before `remove` takes them off; must not raise."""
 
     @abstractmethod
     def _finish(self) -> None:
@@ -103,6 +119,7 @@ class Applied(ABC):
         if self._closed:
             return
         self._closed = True
+        self._leave()
         for tap in reversed(self._taps):
             tap.remove()
         for owner in self._owned:
@@ -133,6 +150,7 @@ class Applied(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._broke_off = error is not None
         self.remove()
 
     def __repr__(self) -> str:

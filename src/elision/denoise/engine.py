@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +22,16 @@ from elision.denoise.report import DenoiseReport, RunRecord, StepRecord, Tally
 from elision.denoise.runtime import HostRuntime
 from elision.denoise.steps import Clock, Context, Step
 from elision.errors import ElisionWarning, OptionError, ProfileError
-from elision.hooks.diffusers import Target, inspect_target, tap_cache_context, tap_scheduler, tappable, unwrap
+from elision.hooks.diffusers import (
+    Target,
+    inspect_target,
+    is_set_up,
+    tap_cache_context,
+    tap_scheduler,
+    tappable,
+    unwrap,
+)
+from elision.hooks.taps import Tap
 from elision.method import Method
 from elision.profile import Profile, fingerprint
 from elision.session import Applied, Seconds, storage_bytes
@@ -77,8 +86,9 @@ class DenoiseApplied(Applied):
         self.shadow = shadow
         self.seconds = Seconds()
         self.clock = Clock(steps)
+        if not (cond is None or isinstance(cond, slice)):
+            raise OptionError(f"cond={cond!r} is no slice of rows: pass for instance cond=slice(2, None)")
         self._cond = cond
-        self._steps = steps if steps is None or isinstance(steps, int) else len(steps)
         self._notes: list[str] = []
         self.hosts: list[HostRuntime] = []
         self._run: RunRecord | None = None
@@ -87,6 +97,9 @@ class DenoiseApplied(Applied):
         self._totals: dict[str, int] = {}
         self._final: DenoiseReport | None = None
         self._books: list[FlopBook] = []
+        self._sites: Counter[str] = Counter()
+        self._displaced: str | None = None
+        self._scheduler_taps: list[Tap] = []
         self._zero()
         plans = [self._plan(module, profile, force) for module in target.denoisers]
         try:
@@ -107,7 +120,7 @@ class DenoiseApplied(Applied):
         for method in self.methods:
             assert isinstance(method, DenoiseMethod)
             plan = method.plan(host, self._profile(method, host, profile, force))
-            if plan.claims.needs_total and self._steps is None and not tappable(self.target.scheduler):
+            if plan.claims.needs_total and self.clock.given is None and not tappable(self.target.scheduler):
                 raise OptionError(
                     f"{method.name} must know the number of steps, and a bare {type(model).__name__} cannot tell: "
                     f"pass steps=, as in elision.apply(model, {method.name!r}, steps=28)"
@@ -127,7 +140,7 @@ class DenoiseApplied(Applied):
                 )
             return None
         loaded = given if isinstance(given, Profile) else Profile.load(given)
-        here = fingerprint(method.name, host.model, host.scheduler, self._steps)
+        here = fingerprint(method.name, host.model, host.scheduler, self.clock.given)
         for difference in loaded.check(here, force):
             self._note(f"profile used by force although it differs: {difference}")
         return loaded
@@ -141,21 +154,28 @@ class DenoiseApplied(Applied):
                     self._note(note)
             self.hosts.append(HostRuntime(host, module, groups, self))
         self._books = [runtime.book for runtime in self.hosts]
+        for group in (group for runtime in self.hosts for group in runtime.groups):
+            self._sites[group.group.name] += len(group.group.sites)
         for runtime in self.hosts:
             try:
                 runtime.install()
             finally:
                 self._taps.extend(runtime.taps)
             self._taps.extend(tap_cache_context(runtime.model, self._enter_context))
-        self._follow_scheduler()
+        if self._follow_scheduler() and is_set_up(self.target.scheduler):
+            self.clock.begin()
 
     def _follow_scheduler(self) -> bool:
         """Tap the pipeline's scheduler; true if it is another one than before (users swap it)."""
         scheduler = self.target.scheduler
         if scheduler is self.clock.scheduler or not tappable(scheduler):
             return False
+        for tap in self._scheduler_taps:  # somebody else may use the old one, and it may come back
+            tap.remove()
+            self._taps.remove(tap)
         self.clock.scheduler = scheduler
-        self._taps.extend(tap_scheduler(scheduler, self._begin, self._advance))
+        self._scheduler_taps = tap_scheduler(scheduler, self._begin, self._advance)
+        self._taps.extend(self._scheduler_taps)
         return True
 
     # -- told by taps --------------------------------------------------------------------------------------------
@@ -284,6 +304,8 @@ class DenoiseApplied(Applied):
     def _warn_if_idle(self, run: RunRecord, numbers: Mapping[str, str]) -> None:
         if not run.steps or any(tally.stood_in for record in run.steps for tally in record.groups.values()):
             return
+        if self._broke_off or (run.total is not None and len(run.steps) < run.total):
+            return  # it had no chance, and under -W error the warning would hide what really happened
         reasons: dict[str, dict[str, int]] = {}
         for record in run.steps:
             for name, tally in record.groups.items():
@@ -326,7 +348,7 @@ class DenoiseApplied(Applied):
             bytes_held=self._held,
             bytes_peak=self._peak,
             seconds=copy.copy(self.seconds),
-            sites={g.group.name: len(g.group.sites) for host in self.hosts for g in host.groups},
+            sites=dict(self._sites),
             runs=[copy.deepcopy(run) for run in self._runs],
             run_count=self._run_count,
             steps_computed=totals["computed"],
@@ -370,7 +392,7 @@ class DenoiseApplied(Applied):
     def _clear(self) -> None:
         self._zero()
         self.seconds.deciding = self.seconds.standing_in = self.seconds.computing = 0.0
-        self.clock.restart()
+        self.clock.reset()
         self._notes = [n for n in self._notes if "no adapter" in n or "by force" in n]
         for host in self.hosts:
             host.forget()
@@ -378,7 +400,13 @@ class DenoiseApplied(Applied):
             host.finite.clear()
             host.shadow_errors.clear()
 
+    def _leave(self) -> None:
+        complaints = (host.displaced() for host in self.hosts)
+        self._displaced = next((complaint for complaint in complaints if complaint), None)
+
     def _finish(self) -> None:
+        if self._displaced is not None and not self._broke_off:
+            self._warn(self._displaced)
         self._end_run()
         if self._run_count == 0:
             self._note("the target was never called while the method was applied")

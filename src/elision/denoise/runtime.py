@@ -187,8 +187,8 @@ class SiteRuntime:
         for (branch, stream), predictor in self.predictors.items():
             if branch == step.branch:
                 value = predictor.predict(step, call.inputs.get(stream, call.x), call)
-                if self.site.level == "model" and any(value is kept for kept in predictor.tensors()):
-                    value = value.clone()  # what a denoiser returns may be written into
+                if self.site.returned and any(value is kept for kept in predictor.tensors()):
+                    value = value.clone()  # the caller may write into what it is given
                 values[stream], kind = value, predictor.kind
         self._observe(call, values, computed=False)
         now = perf_counter()
@@ -210,7 +210,7 @@ class SiteRuntime:
             predictor = self.predictors.get(key)
             if predictor is None:
                 predictor = self.predictors[key] = self.group.group.predictor()
-            if computed and self.site.level == "model":
+            if computed and self.site.returned:
                 value = value.clone()  # the caller may write into what it is given
             predictor.observe(step, call.inputs.get(stream, call.x), call, value, computed)
 
@@ -347,15 +347,21 @@ class HostRuntime:
                     "inside it: apply to the uncompiled model and call run.compile(), which compiles below the taps"
                 )
 
-    def check_in_place(self) -> None:
-        """Raise if something replaced a tap after `apply`."""
-        if all(tap.in_place for tap in self.taps):
-            return
-        lost = next(tap for tap in self.taps if not tap.in_place)
-        raise TapDisplaced(
+    def displaced(self) -> str | None:
+        """What to say if something replaced a tap after `apply`, None if all are in place."""
+        lost = next((tap for tap in self.taps if not tap.in_place), None)
+        if lost is None:
+            return None
+        return (
             f"a tap on {type(lost.owner).__name__} was replaced after apply (usually by compile()), so the method "
             "would silently do nothing: compile first, or use run.compile()"
         )
+
+    def check_in_place(self) -> None:
+        """Raise if something replaced a tap after `apply`."""
+        complaint = self.displaced()
+        if complaint is not None:
+            raise TapDisplaced(complaint)
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
@@ -372,6 +378,9 @@ class HostRuntime:
             closing = perf_counter()
             self._after(out)
             seconds.deciding += perf_counter() - closing
+        except BaseException:
+            self.session.clock.reset()  # what came of this call is unknown: the next one starts a run
+            raise
         finally:
             self.entries.clear()
             others = seconds.deciding + seconds.standing_in - before

@@ -50,6 +50,11 @@ class Site:
         """Paths of all modules that do not run when this site stands in."""
         return frozenset((self.tail, *self.feeders, *self.blocks))
 
+    @property
+    def returned(self) -> bool:
+        """Whether the value itself, or a view of it, is what the denoiser returns to its caller."""
+        return self.level in ("model", "head")
+
     def contains(self, other: Site) -> bool:
         """Whether a stand-in here means that `other` is never reached."""
         if self.level == "model":

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from numbers import Integral
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -70,13 +71,21 @@ def _number(value: Any) -> float | None:
     return float(value)
 
 
+def _length(steps: Any) -> int:
+    """The number of steps that the user's `steps=` says: a number, or the timesteps."""
+    if isinstance(steps, (bool, str)) or not (isinstance(steps, Integral) or hasattr(steps, "__len__")):
+        raise OptionError(f"steps={steps!r} is neither a number of steps nor the list of timesteps")
+    length = int(steps) if isinstance(steps, Integral) else len(steps)
+    if length < 1:
+        raise OptionError(f"steps={steps!r} is out of range; it must be at least 1, or name at least 1 timestep")
+    return length
+
+
 class Clock:
     """Counts steps from whatever source the call has, and finds where a run begins."""
 
     def __init__(self, steps: int | Sequence[float] | None = None) -> None:
-        if isinstance(steps, int) and steps < 1:
-            raise OptionError(f"steps={steps} is out of range; it must be at least 1")
-        self._given = steps if isinstance(steps, int) or steps is None else len(steps)
+        self.given = None if steps is None else _length(steps)
         self.context = Context()
         self.scheduler: Any = None
         self.cond: slice | None = None
@@ -85,8 +94,13 @@ class Clock:
         self._returned = 0
         self.restart()
 
+    def reset(self) -> None:
+        """Make the next call the first of a new run, at the step where the scheduler stands if one is under way."""
+        self._fresh = self._fresh or self._under_way
+        self.restart()
+
     def restart(self) -> None:
-        """Make the next call the first of a new run."""
+        """Forget the run."""
         self._step: Step | None = None
         self._seen: set[str] = set()
         self._key: float | None = None
@@ -109,9 +123,9 @@ class Clock:
         self._returned += 1
 
     @property
-    def waiting(self) -> bool:
-        """Whether no call was seen since the scheduler last advanced."""
-        return self._fresh or self._step is None or self._step.n < self._returned
+    def _under_way(self) -> bool:
+        """Whether a scheduler tells the steps and has some left."""
+        return bool(self._grid) and self._returned < len(self._grid) - self._begin
 
     # -- asked by the engine -------------------------------------------------------------------------------------
 
@@ -125,12 +139,13 @@ class Clock:
         Raises:
             ClockError: a second call in one step has no branch name.
         """
-        if self._fresh or (self._grid and self._returned < len(self._grid) - self._begin):
+        if self._fresh or self._under_way:
             return self._tick_scheduler(timestep, tuple(shape))
         return self._tick_call(timestep, tuple(shape))
 
     def _tick_scheduler(self, timestep: Any, shape: tuple[int, ...]) -> tuple[Step, bool]:
-        new = self._fresh or self._shape != shape
+        first = self._step is None or self._step.n != self._returned  # later calls may have other shapes: branches
+        new = self._fresh or (first and self._shape != shape)
         if new:
             self._fresh = False
             self.restart()
@@ -138,10 +153,10 @@ class Clock:
             self._read_grid(timestep)
             self.run += 1
         n = self._returned
-        if self._step is None or n != self._step.n:
+        if first:
             self._seen = set()
         elif self.context.name in self._seen:
-            self._refuse_unnamed()
+            self._refuse("in one step (a step ends when scheduler.step returns)")
         i = n + self._begin
         sigma = self._sigmas[i] if i < len(self._sigmas) else None
         following = self._sigmas[i + 1] if i + 1 < len(self._sigmas) else None
@@ -156,24 +171,29 @@ class Clock:
         self._sigmas = [float(s) for s in torch.as_tensor(sigmas).tolist()] if aligned else []
         begin = getattr(scheduler, "begin_index", None)
         if begin is None:
-            begin = self._locate(_number(timestep))
+            begin = max(0, self._locate(_number(timestep)) - self._returned)
         self._begin = int(begin)
 
     def _locate(self, t: float | None) -> int:
-        """Where an image-to-image run enters the grid when the scheduler was not told; 0 if `t` is not on it."""
-        if t is None:
-            return 0
-        for scale in (1.0, 1000.0):  # flow pipelines feed the network t / 1000
-            for i, entry in enumerate(self._grid):
-                if abs(entry - t * scale) <= 1e-3 * max(1.0, abs(entry)):
-                    return i
-        return 0
+        """Where an image-to-image run enters the grid when the scheduler was not told; 0 if `t` is not on it.
+
+        Flow pipelines feed the network t / 1000, so 1.0 may be the first timestep of a grid or its last: the earlier
+        one is meant.
+        """
+        found: list[int] = []
+        for scale in (1.0, 1000.0) if t is not None and self._grid else ():
+            assert t is not None
+            gaps = [abs(entry - t * scale) for entry in self._grid]
+            nearest = min(range(len(gaps)), key=gaps.__getitem__)
+            if gaps[nearest] <= 1e-3 * max(1.0, abs(self._grid[nearest])):
+                found.append(nearest)
+        return min(found, default=0)
 
     def _tick_call(self, timestep: Any, shape: tuple[int, ...]) -> tuple[Step, bool]:
         context = self.context
         key = float(context.step_index) if context.step_index is not None else _number(timestep)
         previous = self._step
-        total = context.num_inference_steps or self._given
+        total = context.num_inference_steps or self.given
         new = previous is None or self._shape != shape or self._grid != []
         same = not new and (key == self._key or key is None)
         if not new and not same:
@@ -187,7 +207,7 @@ class Clock:
             assert previous is not None
             done = total is not None and previous.n + 1 >= total
             if not context.name and not done and key is not None:
-                self._refuse_unnamed()
+                self._refuse("at one timestep")
             n, new, same = previous.n + 1, done, False
         else:
             n = 0 if previous is None else previous.n
@@ -212,12 +232,10 @@ class Clock:
         self._step = Step(n, i, total, t, sigma, following, branch, branch == self._leader, self.cond, self.run)
         return self._step
 
-    def _refuse_unnamed(self) -> None:
+    def _refuse(self, where: str) -> NoReturn:
         name = self.context.name
-        what = (
-            f"branch {name!r} was called twice in one step" if name else "a second call in one step has no branch name"
-        )
+        what = f"branch {name!r} was called twice {where}" if name else f"a second call {where} has no branch name"
         raise ClockError(
             f"{what}: with guidance in two calls, wrap each in model.cache_context('cond') / ('uncond') "
-            "or in `with run.step('cond'):` / `with run.step('uncond'):`"
+            "or in `with run.step('cond'):` / `with run.step('uncond'):`; after a run that broke off call run.reset()"
         )

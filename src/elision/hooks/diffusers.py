@@ -75,6 +75,12 @@ def tappable(scheduler: Any) -> bool:
     return callable(getattr(scheduler, "set_timesteps", None)) and callable(getattr(scheduler, "step", None))
 
 
+def is_set_up(scheduler: Any) -> bool:
+    """Whether `set_timesteps` was called and, as far as the scheduler can tell, no step was taken since."""
+    started = getattr(scheduler, "step_index", None) is not None
+    return not started and getattr(scheduler, "num_inference_steps", None) is not None
+
+
 def tap_cache_context(model: nn.Module, enter: Callable[[str, dict[str, Any]], Callable[[], None]]) -> list[Tap]:
     """Call `enter(name, metadata)` when the model's `cache_context` is entered, and what it returned at the exit."""
     if not callable(getattr(model, "cache_context", None)):

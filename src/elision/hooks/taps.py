@@ -22,20 +22,20 @@ _MISSING = object()
 
 
 class _Chain:
-    """The callable that stands in an instance `__dict__` and runs its wraps, outermost first."""
+    """The callable that stands in an instance `__dict__` and runs the wraps of its taps, outermost first."""
 
     def __init__(self, owner: Any, attribute: str, base: Inner) -> None:
         self.owner = owner
         self.attribute = attribute
         self.previous = owner.__dict__.get(attribute, _MISSING)
         self.base = base
-        self.wraps: list[Wrap] = []
+        self.taps: list[Tap] = []
         self.call: Inner = base
 
     def rebuild(self) -> None:
         call = self.base
-        for wrap in reversed(self.wraps):
-            call = functools.partial(_enter, wrap, call)
+        for tap in reversed(self.taps):
+            call = functools.partial(_enter, tap.wrap, call)
         self.call = call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -69,8 +69,8 @@ class Tap:
 
     def __init__(self, chain: _Chain, wrap: Wrap) -> None:
         self._chain = chain
-        self._wrap = wrap
-        chain.wraps.append(wrap)
+        self.wrap = wrap
+        chain.taps.append(self)
         chain.rebuild()
 
     @property
@@ -81,7 +81,7 @@ class Tap:
     @property
     def in_place(self) -> bool:
         """Whether calls still reach this tap: false once something replaced it, for instance `module.compile()`."""
-        return self._chain.in_place and self._wrap in self._chain.wraps
+        return self._chain.in_place and self in self._chain.taps
 
     def swap_base(self, make: Callable[[Inner], Inner]) -> None:
         """Replace what the chain calls in the end, for instance by its compiled form; undone by the last removal."""
@@ -90,11 +90,11 @@ class Tap:
 
     def remove(self) -> None:
         """Take this wrap out; removing twice is harmless."""
-        if self._wrap not in self._chain.wraps:
+        if self not in self._chain.taps:
             return
-        self._chain.wraps.remove(self._wrap)
+        self._chain.taps.remove(self)
         self._chain.rebuild()
-        if not self._chain.wraps:
+        if not self._chain.taps:
             self._chain.restore()
 
 

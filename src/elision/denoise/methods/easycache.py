@@ -34,6 +34,7 @@ from elision.denoise.predictors import Residual, Reuse
 from elision.denoise.schedules import Criterion, mean_abs
 from elision.denoise.sites import Call, Site, common
 from elision.denoise.steps import Step
+from elision.errors import OptionError
 from elision.method import Paper, option, register
 from elision.profile import Profile
 
@@ -117,6 +118,12 @@ class EasyCache(DenoiseMethod):
     subsample: int = option(8, "comfyui: statistics see every n-th pixel of rows and columns", ge=1)
     start: float = option(0.15, "comfyui: fraction of the run from which steps may be skipped", ge=0, le=1)
     end: float = option(0.95, "comfyui: fraction of the run from which no step is skipped", ge=0, le=1)
+
+    def __post_init__(self) -> None:
+        """The window must not be empty."""
+        super().__post_init__()
+        if self.start >= self.end:
+            raise OptionError(f"easycache: start={self.start:g} must be below end={self.end:g}, or no step is skipped")
 
     def plan(self, host: Host, profile: Profile | None) -> Plan:
         """One decision per step at the denoiser itself; the residual stands in."""

@@ -15,6 +15,7 @@ changes of m and of the prediction, both measured step to step in uncached runs)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -97,12 +98,16 @@ class TeaCache(DenoiseMethod):
     degree: int = option(4, "degree of the polynomial that `fit` looks for", ge=1, le=8)
 
     def __post_init__(self) -> None:
-        """A preset must exist."""
+        """A preset must exist, and a polynomial must be finite numbers."""
         super().__post_init__()
-        if isinstance(self.coefficients, str) and self.coefficients not in PRESETS:
-            raise OptionError(
-                f"teacache: coefficients={self.coefficients!r} is no preset; presets: {', '.join(PRESETS)}"
-            )
+        given = self.coefficients
+        if isinstance(given, str) and given not in PRESETS:
+            raise OptionError(f"teacache: coefficients={given!r} is no preset; presets: {', '.join(PRESETS)}")
+        if given is None or isinstance(given, str):
+            return
+        numbers = isinstance(given, (tuple, list)) and all(isinstance(c, (int, float)) for c in given)
+        if not (numbers and given and all(math.isfinite(c) for c in given)):
+            raise OptionError(f"teacache: coefficients={given!r} are not one or more finite numbers")
 
     def plan(self, host: Host, profile: Profile | None) -> Plan:
         """One criterion per guidance branch, at the block stack."""

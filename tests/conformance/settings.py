@@ -1,0 +1,150 @@
+"""What every registered method must declare to be tested: its limit settings, and settings that elide a lot.
+
+A method that is registered and missing here fails `test_every_method_is_declared`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import elision
+from elision.denoise.engine import DenoiseApplied
+from elision.denoise.report import DenoiseReport
+from elision.method import create, find
+from tests.models import KINDS, Loop
+
+Options = dict[str, Any]
+
+STEPS = 8  # of every run, unless a test says otherwise
+
+# At these settings every step is computed and the output equals the uncached one bit for bit.
+LIMITS: dict[str, list[Options]] = {
+    "easycache": [
+        {"threshold": 0.0, "warmup_steps": 0, "tail_steps": 0},
+        {"threshold": 1e9, "warmup_steps": STEPS},
+        {"threshold": 0.0, "variant": "comfyui", "start": 0.0, "end": 1.0},
+    ],
+    "first_block": [{"threshold": 0.0}, {"threshold": 1e9, "warmup_steps": STEPS}],
+    "random_skip": [{"rate": 0.0}, {"rate": 1.0, "warmup_steps": STEPS}],
+    "stale": [{"interval": 1}, {"interval": 99, "warmup_steps": STEPS}],
+    "taylorseer": [
+        {"interval": 1},
+        {"interval": 9, "first_enhance": STEPS},
+        {"interval": 1, "site": "stack"},
+        {"interval": 1, "site": "head"},
+        {"interval": 1, "schedule": "diffusers", "max_order": 2, "basis": "newton"},
+    ],
+    "teacache": [{"threshold": 0.0}, {"threshold": 1e9, "warmup_steps": STEPS}],
+    "uniform": [
+        {"interval": 1},
+        {"interval": 1, "site": "stack"},
+        {"interval": 1, "site": "model"},
+        {"interval": 9, "warmup_steps": STEPS},
+    ],
+}
+
+# At these settings some steps are computed and some are not, on every tiny model.
+ACTIVE: dict[str, list[Options]] = {
+    "easycache": [
+        {"threshold": 0.6, "warmup_steps": 2},
+        {"threshold": 1.2, "variant": "comfyui", "start": 0.25, "end": 0.9, "subsample": 2},
+    ],
+    "first_block": [{"threshold": 1.5, "max_consecutive": 2}],
+    "random_skip": [{"rate": 0.5, "seed": 3}],
+    "stale": [{"interval": 3}],
+    "taylorseer": [
+        {"interval": 3, "first_enhance": 2},
+        {"interval": 3, "first_enhance": 1, "max_order": 2, "basis": "newton", "factors_dtype": "float32"},
+        {"interval": 3, "first_enhance": 2, "site": "stack"},
+        {"interval": 3, "first_enhance": 2, "site": "head", "max_order": 0},
+        {"interval": 3, "first_enhance": 2, "schedule": "diffusers"},
+    ],
+    "teacache": [{"threshold": 0.5}],
+    "uniform": [{"interval": 3}, {"interval": 3, "site": "stack"}, {"interval": 3, "site": "model"}],
+}
+
+# Methods whose branches decide by themselves: guidance in one call then is another decision than in two.
+DECIDE_PER_BRANCH = {"first_block", "teacache"}
+
+
+def possible(method: str, options: Options, kind: str) -> bool:
+    """Whether the method has its site on this kind of denoiser."""
+    if KINDS[kind].blocks:
+        return True
+    wanted = options.get("site", create(method, **options).levels[0] if method != "uniform" else "branch")
+    return bool(wanted == "model")
+
+
+def label(method: str, options: Options) -> str:
+    """A short test id."""
+    return method + "".join(f"-{key}={value}" for key, value in options.items())
+
+
+def cases(table: dict[str, list[Options]], kinds: tuple[str, ...] = tuple(KINDS)) -> list[Any]:
+    """Every setting on every kind that has its site, as pytest parameters (method, options, kind)."""
+    return [
+        pytest.param(method, options, kind, id=f"{kind}-{label(method, options)}")
+        for kind in kinds
+        for method, several in table.items()
+        for options in several
+        if possible(method, options, kind)
+    ]
+
+
+def impossible(table: dict[str, list[Options]]) -> list[Any]:
+    """Every setting on every kind that lacks its site, as pytest parameters (method, options, kind)."""
+    return [
+        pytest.param(method, options, kind, id=f"{kind}-{label(method, options)}")
+        for kind in KINDS
+        for method, several in table.items()
+        for options in several
+        if not possible(method, options, kind)
+    ]
+
+
+def apply(loop: Any, method: str, options: Options, **settings: Any) -> DenoiseApplied:
+    """`elision.apply`, typed for the denoise family."""
+    applied = elision.apply(loop, method, **settings, **options)
+    assert isinstance(applied, DenoiseApplied)
+    return applied
+
+
+def cached(loop: Loop, method: str, options: Options, **how: Any) -> tuple[Tensor, DenoiseReport]:
+    """One run with the method applied, branches named by `run.step`; the sample and the report."""
+    with apply(loop, method, options) as run:
+        out = loop(**{"steps": STEPS, "name": run.step, **how})
+    return out, run.report()
+
+
+def strip(report: DenoiseReport) -> str:
+    """The letters of the latest run."""
+    return report.strip()
+
+
+def known_methods() -> list[str]:
+    """Names of all registered methods."""
+    return [row.name for row in elision.methods()]
+
+
+Hook = Callable[[int], None]
+__all__ = [
+    "ACTIVE",
+    "DECIDE_PER_BRANCH",
+    "LIMITS",
+    "STEPS",
+    "Hook",
+    "Options",
+    "apply",
+    "cached",
+    "cases",
+    "find",
+    "impossible",
+    "known_methods",
+    "label",
+    "possible",
+    "strip",
+]

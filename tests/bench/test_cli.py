@@ -82,6 +82,8 @@ def test_compare_prints_a_table(zoo: None, tmp_path: Path) -> None:
     found = run("compare", "denoise", *arguments, "--no-controls", "--no-report", "-o", str(tmp_path / "r.jsonl"))
     assert "garments-flux" in found.stdout
     assert "PSNR" in found.stdout
+    assert "uniform:interval=2,site=model" not in found.stdout
+    assert "fewer_steps:steps=2 " in found.stdout  # not folded
     assert not (tmp_path / "r.html").exists()
 
 

@@ -67,6 +67,12 @@ def test_many_are_told_apart_from_options() -> None:
     ]
 
 
+def test_labels_do_not_tell_where_profiles_lie() -> None:
+    spec = parse("teacache:profile=/some/where/made.safetensors")
+    assert spec.profile == "/some/where/made.safetensors"
+    assert spec.label == "teacache:profile=made.safetensors"
+
+
 def test_none_is_refused() -> None:
     with pytest.raises(OptionError, match="no method given"):
         parse_many("")

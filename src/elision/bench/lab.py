@@ -92,9 +92,13 @@ class Lab:
             found.append(tuple(n for n, state in enumerate(states) if state != "reused" and state != "predicted"))
         return found
 
+    def counts_at(self, method: Method, steps: int, seed: int) -> int:
+        """How many steps a method computed from one seed."""
+        return self.run(method, steps, seed)[1].equal_steps
+
     def counts(self, method: Method, steps: int) -> list[int]:
         """How many steps a method computed, per seed."""
-        return [self.run(method, steps, seed)[1].equal_steps for seed in self.seeds]
+        return [self.counts_at(method, steps, seed) for seed in self.seeds]
 
     def equal_flops(self, method: Method, steps: int) -> list[int]:
         """Steps of the plain run whose denoiser costs at least as much, per seed."""

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from elision.errors import OptionError, UnknownName
@@ -28,12 +29,15 @@ class Spec:
 
     @property
     def label(self) -> str:
-        """The shortest text that `parse` reads back as this: options that differ from the defaults."""
+        """The shortest text that says this: options that differ from the defaults, of a profile only its file name.
+
+        Results carry labels, and results do not tell where files lie. Without a folder `parse` reads it back.
+        """
         fields = dataclasses.fields(self.method)
         given = {f.name: getattr(self.method, f.name) for f in fields if getattr(self.method, f.name) != f.default}
         parts = [f"{key}={_text(value)}" for key, value in given.items()]
         if self.profile is not None:
-            parts.append(f"profile={self.profile}")
+            parts.append(f"profile={Path(self.profile).name}")
         return self.name + (":" + ",".join(parts) if parts else "")
 
     @property

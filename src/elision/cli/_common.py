@@ -58,12 +58,12 @@ def print_json(value: Any) -> None:
 
 def table_width() -> int:
     """Columns for tables: the terminal's, or plenty where the output goes to a file or a pipe."""
-    return out.width if out.is_terminal else 180
+    return out.width if out.is_terminal else 220
 
 
 def print_table(table: RenderableType) -> None:
-    """A table as wide as it may be."""
-    out.print(table, width=table_width(), crop=False)
+    """A table as wide as it may be; a console of its own, as `print` cannot exceed the width of `out`."""
+    (out if out.is_terminal else Console(width=table_width())).print(table)
 
 
 def need(*packages: str, extra: str) -> None:

@@ -103,7 +103,7 @@ def _publish(result: Comparison, path: Path, report: bool, as_json: bool) -> Non
     for steps in result.steps:
         print_table(result.table(steps, table_width()))
     for note in result.notes:
-        out.print(f"note: {note}", style="dim", highlight=False)
+        out.print(f"note: {note}", style="dim", highlight=False, soft_wrap=True)
     out.print(f"results  {path}", highlight=False, soft_wrap=True)
     if page:
         out.print(f"report   {page.resolve()}", highlight=False, soft_wrap=True)

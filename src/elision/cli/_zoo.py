@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from elision.cli._common import Group, JsonFlag, need, out, print_json, print_table, quiet_loading
+from elision.cli._common import Group, JsonFlag, err, need, out, print_json, print_table, quiet_loading
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="The small trained models that ship with the library.")
 
@@ -35,7 +35,7 @@ def list_(as_json: JsonFlag = False) -> None:
     table.add_column("measured")
     for name, summary in zoo.names().items():
         quality = cards[name].get("quality", {})
-        numbers = [f"{key} {value:g}" for key, value in quality.items() if isinstance(value, (int, float))]
+        numbers = [f"{key} {value}" for key, value in quality.items() if isinstance(value, (int, float))]
         table.add_row(name, summary, ", ".join(numbers))
     print_table(table)
 
@@ -56,7 +56,7 @@ def check(
 ) -> None:
     """Measure the quality that a model's card states."""
     zoo = _zoo()
-    with out.status(f"measuring {name}"):
+    with err.status(f"measuring {name}"):
         numbers = zoo.check(name)
     if as_json:
         print_json(numbers)

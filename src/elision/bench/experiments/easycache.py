@@ -16,7 +16,7 @@ from elision.denoise.schedules import mean_abs
 
 THRESHOLDS = (0.02, 0.05, 0.1)
 SWEEP = (0.01, 0.02, 0.05, 0.1, 0.2)
-_TEACACHE = (0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
+_TEACACHE = (0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 0.12, 0.15, 0.2, 0.3, 0.4, 0.6)
 
 
 def _method(threshold: float, steps: int) -> EasyCache:
@@ -50,18 +50,22 @@ def against_uniform(lab: Lab, steps: int) -> Iterator[Measured]:
     baseline="TeaCache (unfitted) at the next larger number of computed steps",
 )
 def against_teacache(lab: Lab, steps: int) -> Iterator[Measured]:
-    """TeaCache's threshold is chosen so that it computes at least as many steps on average."""
-    costs = {t: float(np.mean(lab.counts(TeaCache(threshold=t), steps))) for t in _TEACACHE}
+    """TeaCache's threshold is chosen on the first seed: the cheapest that computes at least as many steps.
+
+    One that computes over a quarter more is no counterpart, above all one that skips nothing.
+    """
+    costs = {t: lab.counts_at(TeaCache(threshold=t), steps, lab.seeds[0]) for t in _TEACACHE}
     for threshold in THRESHOLDS:
         ours = _method(threshold, steps)
         mine = float(np.mean(lab.counts(ours, steps)))
-        enough = [t for t, cost in costs.items() if cost >= mine]
-        if not enough:
-            yield Measured(_setting(lab, threshold, steps), None, "TeaCache computes fewer steps at all thresholds")
+        fair = [t for t, cost in costs.items() if mine <= cost <= 1.25 * mine]
+        if not fair:
+            yield Measured(_setting(lab, threshold, steps), None, "no TeaCache threshold computes as many steps")
             continue
-        other = min(enough, key=lambda t: costs[t])
-        value = lab.gain(ours, TeaCache(threshold=other), steps)
-        yield Measured(f"{_setting(lab, threshold, steps)}, TeaCache {costs[other]:.3g}", value)
+        other = TeaCache(threshold=min(fair, key=lambda t: costs[t]))
+        theirs = np.mean(lab.counts(other, steps))
+        setting = f"{_setting(lab, threshold, steps)}, TeaCache {theirs:.3g}"
+        yield Measured(setting, lab.gain(ours, other, steps))
 
 
 @claim(
@@ -123,14 +127,13 @@ def falls_with_threshold(lab: Lab, steps: int) -> Iterator[Measured]:
 )
 def rate_is_flat(lab: Lab, steps: int) -> Iterator[Measured]:
     """k_n = |v_n - v_(n-1)| / |x_n - x_(n-1)| of the conditional branch in uncached runs."""
-    edge = max(4, steps // 5)
-    late, early = [], []
-    for seed in lab.seeds:
-        k = transformation_rates(lab, steps, seed)
-        early.append(variation(k[: edge - 1]))
-        late.append(variation(k[edge - 1 :]))
-    remark = f"variation {np.mean(early):.2g} before and {np.mean(late):.2g} after step {edge}"
-    yield Measured(f"steps {edge} to {steps - 1} over 1 to {edge - 1}", stats.ratio(late, early), remark)
+    edge, tail = max(4, steps // 5), steps - steps // 5
+    rates = [transformation_rates(lab, steps, seed) for seed in lab.seeds]  # k of step n at index n - 1
+    early = [variation(k[: edge - 1]) for k in rates]
+    for stop in (steps, tail):
+        late = [variation(k[edge - 1 : stop - 1]) for k in rates]
+        remark = f"variation {np.mean(early):.2g} before step {edge}, {np.mean(late):.2g} from there to {stop - 1}"
+        yield Measured(f"steps {edge} to {stop - 1} over 1 to {edge - 1}", stats.ratio(late, early), remark)
 
 
 def transformation_rates(lab: Lab, steps: int, seed: int) -> list[float]:

@@ -71,7 +71,7 @@ def breakable(label: str) -> Markup:
 def _section(comparison: Comparison, steps: int) -> dict[str, Any]:
     arms = comparison.at(steps)
     rows = [row for row in comparison.rows() if row.steps == steps]
-    by_time = points(rows, lambda row: row.speedup.mean)
+    by_time = points(rows, lambda row: row.speedup)
     by_cost = points(rows, lambda row: row.flops_ratio)
     plots = [
         ("by wall time", scatter(by_time, "speed-up, wall time of the whole pipeline", f"plot-time-{steps}")),

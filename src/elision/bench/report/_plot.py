@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from elision.bench.stats import Estimate
 from elision.bench.summary import Row
 
 WIDTH, HEIGHT = 620, 400
@@ -24,26 +25,21 @@ class Point:
     high: float
     label: str
     kind: str
+    left: float | None = None
+    right: float | None = None
 
 
-def points(rows: Sequence[Row], x_of: Callable[[Row], float | None]) -> list[Point]:
+def points(rows: Sequence[Row], x_of: Callable[[Row], Estimate | float | None]) -> list[Point]:
     """The arms that have a finite quality and a speed; the uncached run has no error and is left out."""
     found: list[Point] = []
     for row in rows:
         x = x_of(row)
         if row.kind == "baseline" or x is None or row.psnr.mean > 99:
             continue
-        low, high = row.psnr.low, row.psnr.high
-        found.append(
-            Point(
-                x,
-                row.psnr.mean,
-                row.psnr.mean if low is None else low,
-                row.psnr.mean if high is None else high,
-                row.label,
-                row.kind,
-            )
-        )
+        x = x if isinstance(x, Estimate) else Estimate(x, None, None, row.psnr.n)
+        y, low, high = row.psnr.mean, row.psnr.low, row.psnr.high
+        ends = (y if low is None else low, y if high is None else high)
+        found.append(Point(x.mean, y, *ends, row.label, row.kind, x.low, x.high))
     return found
 
 
@@ -65,10 +61,11 @@ def scatter(found: Sequence[Point], x_title: str, name: str) -> str:
     ys = ticks(min(p.y for p in found), max(p.y for p in found))
 
     def sx(x: float) -> float:
+        x = min(max(x, xs[0]), xs[-1])  # an interval may reach beyond the axes
         return LEFT + (x - xs[0]) / (xs[-1] - xs[0]) * (WIDTH - LEFT - RIGHT)
 
     def sy(y: float) -> float:
-        y = min(max(y, ys[0]), ys[-1])  # an interval may reach beyond the axes
+        y = min(max(y, ys[0]), ys[-1])
         return HEIGHT - BOTTOM - (y - ys[0]) / (ys[-1] - ys[0]) * (HEIGHT - TOP - BOTTOM)
 
     best = max(found, key=lambda p: p.y)
@@ -119,6 +116,8 @@ def _marker(p: Point, sx: Scale, sy: Scale) -> str:
     x, y = sx(p.x), sy(p.y)
     title = f"<title>{escape(p.label)}: {p.y:.1f} dB [{p.low:.1f}, {p.high:.1f}] at {p.x:.2f} times</title>"
     whisker = f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{sy(p.low):.1f}" y2="{sy(p.high):.1f}"/>'
+    if p.left is not None and p.right is not None:
+        whisker += f'<line class="whisker" x1="{sx(p.left):.1f}" x2="{sx(p.right):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
     if p.kind == "method":
         shape = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6"/>'
     elif p.kind == "control":
@@ -134,6 +133,7 @@ Box = tuple[float, float, float, float]
 def _labels(named: Sequence[Point], everything: Sequence[Point], sx: Scale, sy: Scale) -> list[str]:
     """Labels at the first free place around their points, so that none covers another label or a marker."""
     taken: list[Box] = [(sx(p.x) - 6, sy(p.y) - 6, sx(p.x) + 6, sy(p.y) + 6) for p in everything]
+    taken += [(sx(p.x) - 2, sy(p.high), sx(p.x) + 2, sy(p.low)) for p in named]
     parts: list[str] = []
     for p in named:
         x, y, width = sx(p.x), sy(p.y), len(p.label) * _LETTER

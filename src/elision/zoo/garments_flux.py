@@ -127,7 +127,8 @@ class GarmentsPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> Tensor:
         time = (t / 1000).to(x.dtype).expand(len(x))
         if scale != 1 and batched:
-            both = {k: torch.cat([uncond[k], v]) if v.shape[0] == len(x) else v for k, v in cond.items()}
+            rows = ("encoder_hidden_states", "pooled_projections")  # positions have no batch axis
+            both = {k: torch.cat([uncond[k], v]) if k in rows else v for k, v in cond.items()}
             with self.transformer.cache_context("cond_uncond"):
                 v = self.transformer(torch.cat([x, x]), timestep=time.repeat(2), return_dict=False, **both)[0]
             v_uncond, v_cond = v.chunk(2)

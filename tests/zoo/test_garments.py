@@ -99,13 +99,6 @@ def test_recipes_run_and_their_weights_load(tmp_path: Path) -> None:
     assert small(["bag"], 2, output_type="pt").images.isfinite().all()
 
 
-def test_frechet_distance_of_gaussians() -> None:
-    """Two Gaussians with equal covariance: the squared distance of their means."""
-    a = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))
-    assert garments.frechet(a, a) == pytest.approx(0.0, abs=1e-6)
-    assert garments.frechet(a, a + torch.tensor([1.0, 2.0, 0.0])) == pytest.approx(5.0, abs=1e-6)
-
-
 def test_missing_data_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ELISION_FASHION_MNIST", str(tmp_path))
     with pytest.raises(ElisionError, match="dataset-fashion-mnist"):

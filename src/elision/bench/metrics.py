@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy import linalg
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
+from elision.zoo._quality import frechet
+
+__all__ = ["PSNR_CAP", "Array", "frechet", "lpips_metric", "psnr", "ssim"]
 Array = npt.NDArray[np.float64]
 PSNR_CAP = 100.0
 _LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"
@@ -46,26 +48,6 @@ def ssim(images: Tensor, reference: Tensor) -> list[float]:
 
 def _arrays(images: Tensor) -> Array:
     return images.detach().double().cpu().numpy()
-
-
-def frechet(features: Array, reference: Array) -> float:
-    """Fréchet distance between Gaussians fitted to two feature sets [n, d] and [m, d].
-
-    The trace of the root of the product of the covariances is the sum of the singular values of `Ra @ Rb.T`, with R
-    the triangular factors of the centred sets: the same number as by a matrix root, also where there are fewer samples
-    than features and the covariances are singular.
-    """
-    (mean_a, root_a), (mean_b, root_b) = _gaussian(features), _gaussian(reference)
-    common = float(linalg.svdvals(root_a @ root_b.T).sum())
-    spread = float((root_a**2).sum() + (root_b**2).sum())
-    return max(0.0, float(((mean_a - mean_b) ** 2).sum()) + spread - 2 * common)
-
-
-def _gaussian(features: Array) -> tuple[Array, Array]:
-    """Mean [d] and a factor R with R.T @ R the covariance [d, d]."""
-    mean = features.mean(0)
-    factor: Array = np.linalg.qr(features - mean, mode="r") / np.sqrt(max(1, len(features) - 1))
-    return mean, factor
 
 
 def lpips_metric() -> tuple[Callable[[Tensor, Tensor], list[float]] | None, str]:

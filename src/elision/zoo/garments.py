@@ -115,13 +115,3 @@ def check(model: GarmentsClassifier) -> dict[str, Any]:
     """Accuracy on the 10,000 test images."""
     images, labels = load_garments("t10k")
     return {"test_accuracy": round(accuracy(model, images, labels), 4)}
-
-
-def frechet(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance between Gaussians fitted to two sets of features [n, d] and [m, d]."""
-    from scipy.linalg import sqrtm  # belongs to the extra `bench`
-
-    x, y = a.double().numpy(), b.double().numpy()
-    cov_x, cov_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    root = np.real(sqrtm(cov_x @ cov_y))
-    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cov_x + cov_y - 2 * root))

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from elision.errors import OptionError
 from elision.zoo import _training
-from elision.zoo.garments import CLASSES, accuracy, frechet, load_garments
+from elision.zoo._quality import frechet
+from elision.zoo.garments import CLASSES, accuracy, load_garments
 
 SIZE, PATCH, TEXT = 32, 4, 4
 NULL = len(CLASSES)
@@ -204,7 +205,7 @@ def check(
     images = torch.cat(drawn) * 2 - 1
     real, _ = load_garments("t10k")
     with torch.no_grad():
-        features = [torch.cat([classifier.features(x) for x in torch.split(y, 500)]) for y in (images, real)]
+        sets = [torch.cat([classifier.features(x) for x in torch.split(y, 500)]) for y in (images, real)]
     per_class = {name: accuracy(classifier, images[labels == i], labels[labels == i]) for i, name in enumerate(CLASSES)}
     return {
         "samples": samples,
@@ -212,6 +213,6 @@ def check(
         "guidance": guidance,
         "recognised": round(accuracy(classifier, images, labels), 4),
         "recognised_by_class": {name: round(share, 3) for name, share in per_class.items()},
-        "frechet_feature_distance": round(frechet(*features), 3),
+        "frechet_feature_distance": round(frechet(*(features.double().numpy() for features in sets)), 3),
         "parameters": sum(p.numel() for p in pipe.transformer.parameters()),
     }

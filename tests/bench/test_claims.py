@@ -80,6 +80,7 @@ def test_a_taken_key_is_refused() -> None:
     def measure(lab: Lab, steps: int) -> Iterator[Measured]:
         yield Measured("", None)
 
+    assert "stale" in claims.claims()  # loads them all
     with pytest.raises(OptionError, match="taken"):
         claims.claim("stale/uniform", "s", paper="p", metric="m", baseline="b")(measure)
 

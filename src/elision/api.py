@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from elision.errors import Conflict, OptionError
-from elision.method import Method, MethodInfo, create, info, registry
+from elision.errors import Conflict, OptionError, UnknownName
+from elision.method import FAMILIES, Method, MethodInfo, create, info, registry
 from elision.profile import Profile
 from elision.session import Applied
 
 
 def methods(family: str | None = None) -> list[MethodInfo]:
     """Every method, or those of one family, as rows for a table."""
+    if family is not None and family not in FAMILIES:
+        raise UnknownName.of("family", family, FAMILIES)
     rows = [info(cls) for cls in registry().values()]
     return [row for row in rows if family in (None, row.family)]
 

@@ -213,6 +213,14 @@ def test_conflict_is_symmetric_and_as_written(a: Claims, b: Claims) -> None:
     assert bool(conflict(b, a)) == want
 
 
+def test_block_one_does_not_contain_block_ten() -> None:
+    run, attn, other = SITES[3], SITES[6], SITES[7]
+    assert run.contains(attn)
+    assert not run.contains(other)
+    assert conflict(Claims(frozenset([run])), Claims(frozenset([other]))) is None
+    assert conflict(Claims(frozenset([run])), Claims(frozenset([attn])))
+
+
 def test_check_names_the_pair() -> None:
     one = Claims(frozenset(SITES[:1]))
     with pytest.raises(Conflict, match="x and z cannot be applied together: both decide model"):

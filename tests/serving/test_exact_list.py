@@ -202,9 +202,10 @@ def test_6_no_load_is_the_static_policy_exactly() -> None:
 
 def test_6_hits_never_fall_with_load_for_a_frozen_cache(who: Partition) -> None:
     rng = np.random.default_rng(6)
-    rules = Policies.parse({"default": {"threshold": 0.9, "floor": 0.7, "delta": 0.3, "kappa": 3, "ttl": 50,
-    "ttl_max": 150}}) encoder, base = TableEncoder(), unit(rng.standard_normal((30,
-    32))) for i in range(30):
+    loaded = {"threshold": 0.9, "floor": 0.7, "delta": 0.3, "kappa": 3, "ttl": 50, "ttl_max": 150}
+    rules = Policies.parse({"default": loaded})
+    encoder, base = TableEncoder(), unit(rng.standard_normal((30, 32)))
+    for i in range(30):
         encoder.table[f"stored {i}"] = base[i]
         for j in range(10):
             encoder.table[f"asked {i} {j}"] = at_angle(base[i], rng.uniform(0.6, 0.99), rng)

@@ -44,7 +44,7 @@ class IndexOptions:
     def __post_init__(self) -> None:
         if min(self.m, self.ef_construction, self.ef_search) < 2 or self.promote < 1:
             raise OptionError(
-                f"m {self.m}, ef_construction {self.ef_construction}, ef_search {self.ef_search} must be >= 2, promote >= 1"
+                f"m {self.m}, ef_construction {self.ef_construction}, ef_search {self.ef_search}: need >= 2; promote >= 1"
             )
         if self.dtype not in ("f32", "f16"):
             raise OptionError(f"dtype {self.dtype!r} is not 'f32' or 'f16'")

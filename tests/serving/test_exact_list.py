@@ -88,7 +88,7 @@ def test_2_every_live_entry_finds_itself_after_turnover() -> None:
     rng = np.random.default_rng(3)
     n, dim = 3000, 48
     index = VectorIndex(dim, IndexOptions(promote=100))
-    vectors = {slot: v for slot, v in enumerate(unit(rng.standard_normal((n, dim))))}
+    vectors = dict(enumerate(unit(rng.standard_normal((n, dim)))))
     index.add_many(vectors, np.stack(list(vectors.values())))
     for slot in range(n, 4 * n):
         gone = int(rng.choice(n)) if slot < 0 else slot - n
@@ -98,7 +98,8 @@ def test_2_every_live_entry_finds_itself_after_turnover() -> None:
         index.add(slot, vectors[slot])
     index.repair(list(vectors))
     lost = [slot for slot, v in vectors.items() if index.search(v, 1)[0][0] != slot]
-    assert not lost and len(index) == n
+    assert not lost
+    assert len(index) == n
 
 
 def test_3_no_hit_violates_threshold_ttl_scope_model_or_category(clock: FakeClock) -> None:
@@ -167,7 +168,9 @@ def test_5_quota_holds_at_all_times_and_eviction_stays_inside(clock: FakeClock, 
         category = str(rng.choice(["a", "b", "c"]))
         cache.insert(Query(f"{category}-{i}", who, category), Answer("x"))
         counts = cache.counts()
-        assert counts.get("a", 0) <= 12 and counts["b"] <= 20 and counts.get("c", 0) <= 8
+        assert counts.get("a", 0) <= 12
+        assert counts["b"] <= 20
+        assert counts.get("c", 0) <= 8
     cache.check()
 
 
@@ -195,9 +198,11 @@ def test_6_no_load_is_the_static_policy_exactly() -> None:
     p = Policy(threshold=0.87, ttl=123.0, floor=0.7, delta=0.3, kappa=2.0, ttl_max=1000.0)
     assert effective_threshold(p, 0.0) == p.threshold
     assert effective_ttl(p, 0.0) == p.ttl
-    assert effective_threshold(p, 1.0) == 0.7 and effective_ttl(p, 1.0) == pytest.approx(369.0)
+    assert effective_threshold(p, 1.0) == 0.7
+    assert effective_ttl(p, 1.0) == pytest.approx(369.0)
     safe = p.model_copy(update={"safety_critical": True})
-    assert effective_threshold(safe, 1.0) == p.threshold and effective_ttl(safe, 1.0) == p.ttl
+    assert effective_threshold(safe, 1.0) == p.threshold
+    assert effective_ttl(safe, 1.0) == p.ttl
 
 
 def test_6_hits_never_fall_with_load_for_a_frozen_cache(who: Partition) -> None:
@@ -220,7 +225,8 @@ def test_6_hits_never_fall_with_load_for_a_frozen_cache(who: Partition) -> None:
         found = [cache.lookup(Query(f"asked {i} {j}", who)) for i in range(30) for j in range(10)]
         counts.append(sum(f.status == "hit" for f in found))
         assert all(f.score >= 0.7 for f in found if f.status == "hit")
-    assert counts == sorted(counts) and counts[-1] > counts[0]
+    assert counts == sorted(counts)
+    assert counts[-1] > counts[0]
 
 
 def test_7_break_even_is_where_mean_latency_crosses() -> None:

@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from elision.errors import OptionError
 from elision.serving.semantic.load import Clock
@@ -86,6 +87,8 @@ class ControllerOptions:
         confidence: standard deviations of the hit rate's upper bound (Wilson) that must lie below break-even.
         retry: seconds after which a category that was switched off gets a fresh trial.
     """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # a misspelt option in YAML is an error
 
     enabled: bool = False
     min_lookups: int = 200

@@ -145,6 +145,18 @@ class Entries:
             return record
         return replace(record, vector=None)
 
+    def heal(self) -> None:
+        """Asks a failing store whether it works again, so that `problem` does not outlive its cause.
+
+        Raises:
+            StoreUnavailable: if it still fails.
+        """
+        with self._lock:
+            waiting = bool(self._garbage)
+        self.store.heal()
+        if waiting:
+            self._discard()
+
     def sync(self) -> int:
         """Takes over what other processes put into or deleted from a shared store.
 

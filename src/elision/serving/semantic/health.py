@@ -35,6 +35,18 @@ class GuardedStore:
         with self._lock:
             return "; ".join(text for _, text in self._failed.values()) or None
 
+    def heal(self) -> None:
+        """Tries the failing sides again if their pause is over.
+
+        Raises:
+            StoreUnavailable: if the store still fails.
+        """
+        with self._lock:
+            sides = list(self._failed)
+        for side in sides:
+            # A delete of nothing that exists is the mildest write.
+            self._run(side, self.store.ping if side == "read" else lambda: self.store.delete(["-"]))
+
     def _run(self, side: Side, action: Callable[[], T]) -> T:
         with self._lock:
             failed = self._failed.get(side)

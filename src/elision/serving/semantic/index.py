@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,8 @@ class IndexOptions:
         promote: entries from which a partition gets a graph; below it, scanning all vectors is exact and as fast.
         dtype: storage of vectors inside the graph: "f32", or "f16" for half the memory and scores good to about 1e-3.
     """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # a misspelt option in YAML is an error
 
     m: int = 16
     ef_construction: int = 200

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from elision.errors import OptionError
 
@@ -32,6 +33,8 @@ class LoadOptions:
         engage: smoothed load from which the policies react.
         release: smoothed load below which they stop; below `engage`, so that the signal does not flap.
     """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # a misspelt option in YAML is an error
 
     in_flight_limit: int = 32
     latency_target: float | None = None

@@ -17,7 +17,11 @@ from typing import Any
 
 from elision.serving.semantic.store import Answer
 
-_ENVELOPE = frozenset({"id", "object", "created", "model", "system_fingerprint", "choices", "usage", "service_tier"})
+# Fields around an answer that say nothing the caller asked for: OpenAI's, then llama.cpp's, routers' and Azure's.
+_ENVELOPE = frozenset(
+    ("id", "object", "created", "model", "system_fingerprint", "choices", "usage", "service_tier", "obfuscation")
+    + ("timings", "provider", "prompt_filter_results")
+)
 _PIECE = re.compile(r"\S+\s*|\s+")
 
 
@@ -130,6 +134,11 @@ class StreamCollector:
             self._give_up(str(verdict))
         except (ValueError, LookupError, TypeError, AttributeError):
             self._give_up("malformed-stream")
+
+    @property
+    def done(self) -> bool:
+        """Whether `[DONE]` was seen and nothing spoke against the answer."""
+        return self._done and self._why is None
 
     def answer(self) -> Answer:
         """The whole answer, once the stream has ended.

@@ -49,7 +49,7 @@ class Flight:
         return len(self._readers)
 
     def start(self, run: Callable[[Flight], Awaitable[None]]) -> None:
-        """Starts the task that reads the upstream and calls `began` and `push`; it is cancelled when all readers have left."""
+        """Starts the task that reads the upstream; it is cancelled when all readers have left."""
 
         async def task() -> None:
             try:

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from elision.errors import OptionError
 from elision.serving.semantic.keys import Partition, Query, canonical, digest
@@ -44,6 +44,8 @@ class Rules:
             it merely subdivides the caller's API key, so that nobody can name somebody else's tenant.
     """
 
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # a misspelt option in YAML is an error
+
     max_temperature: float = 1.0
     tools: Literal["bypass", "partition"] = "bypass"
     multi_turn: bool = True
@@ -61,6 +63,7 @@ class Asked:
         include_usage: whether the stream ends with a chunk of token counts.
         model: the model name the caller asked for.
         only_if_cached: whether the caller wants an error instead of a miss.
+        delivery: how the reply is to be delivered, as one text; only callers with the same may share an upstream reply.
     """
 
     query: Query
@@ -69,6 +72,7 @@ class Asked:
     include_usage: bool
     model: str
     only_if_cached: bool
+    delivery: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +212,8 @@ def _asked(
     )
     options = body.get("stream_options")
     usage = isinstance(options, dict) and options.get("include_usage") is True
-    return Asked(query, chat, bool(body.get("stream")), usage, body["model"], control.only_if_cached)
+    delivery = canonical({name: body.get(name) for name in _DELIVERY})
+    return Asked(query, chat, bool(body.get("stream")), usage, body["model"], control.only_if_cached, delivery)
 
 
 @dataclass(frozen=True, slots=True)

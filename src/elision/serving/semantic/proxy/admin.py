@@ -88,7 +88,10 @@ class Admin:
 
     def routes(self) -> list[Route]:
         """The routes to mount."""
-        guard = lambda handler, **options: functools.partial(_guarded(handler, **options), self)  # noqa: E731
+
+        def guard(handler: Handler, *, everything: bool = False) -> Callable[[Request], Awaitable[Response]]:
+            return functools.partial(_guarded(handler, everything=everything), self)
+
         return [
             Route("/admin/entries", guard(Admin._list), methods=["GET"]),
             Route("/admin/entries/{id}", guard(Admin._inspect), methods=["GET"]),

@@ -19,8 +19,20 @@ from elision.serving.semantic.store import Answer
 
 # Fields around an answer that say nothing the caller asked for: OpenAI's, then llama.cpp's, routers' and Azure's.
 _ENVELOPE = frozenset(
-    ("id", "object", "created", "model", "system_fingerprint", "choices", "usage", "service_tier", "obfuscation")
-    + ("timings", "provider", "prompt_filter_results")
+    (
+        "id",
+        "object",
+        "created",
+        "model",
+        "system_fingerprint",
+        "choices",
+        "usage",
+        "service_tier",
+        "obfuscation",
+        "timings",
+        "provider",
+        "prompt_filter_results",
+    )
 )
 _PIECE = re.compile(r"\S+\s*|\s+")
 

@@ -1,4 +1,4 @@
-"""Prometheus metrics and the numbers of the dashboard; both read the cache's own counts, so that they cannot disagree."""
+"""Prometheus metrics and the numbers of the dashboard; both read the cache's own counts, so they cannot disagree."""
 
 from __future__ import annotations
 
@@ -151,5 +151,8 @@ def _percentiles(seconds: list[float]) -> dict[str, float | int | None]:
     if not seconds:
         return {"count": 0, "p50": None, "p99": None}
     ordered = sorted(seconds)
-    at = lambda q: round(1e3 * ordered[min(len(ordered) - 1, int(q * len(ordered)))], 2)  # noqa: E731
+
+    def at(q: float) -> float:
+        return round(1e3 * ordered[min(len(ordered) - 1, int(q * len(ordered)))], 2)
+
     return {"count": len(ordered), "p50": at(0.5), "p99": at(0.99)}

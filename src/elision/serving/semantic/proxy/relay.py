@@ -19,8 +19,17 @@ log = logging.getLogger("elision.serve")
 
 # Headers that belong to one connection (RFC 9110), and those that this proxy sets by itself.
 _HOP = frozenset(
-    ("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection")
-    + ("te", "trailer", "transfer-encoding", "upgrade")
+    (
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    )
 )
 _NOT_SENT = _HOP | {"host", "content-length", "accept-encoding", "expect"}
 _NOT_RETURNED = _HOP | {"date", "server"}

@@ -130,8 +130,8 @@ def demo_app(generator: Generator) -> Starlette:
             usage = bool((body.get("stream_options") or {}).get("include_usage"))
             return StreamingResponse(_events(pieces, head, chat, usage), media_type="text/event-stream")
         text, finish, counts = "", "stop", _usage(0, 0)
-        async for piece, reason, counts in pieces:
-            text, finish = text + piece, reason or finish
+        async for piece, reason, so_far in pieces:
+            text, finish, counts = text + piece, reason or finish, so_far
         message: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         choice = {"index": 0, **message, "finish_reason": finish}
         return JSONResponse({**head, "choices": [choice], "usage": counts})
@@ -168,7 +168,8 @@ async def _events(
         return b"data: " + json.dumps({**head, "choices": choices, **more}).encode() + b"\n\n"
 
     counts = _usage(0, 0)
-    async for text, finish, counts in pieces:
+    async for text, finish, so_far in pieces:
+        counts = so_far
         part: dict[str, Any] = {"delta": {"content": text}} if chat else {"text": text}
         if finish is None or text:
             yield event([{"index": 0, **part, "finish_reason": None}])

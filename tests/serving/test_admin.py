@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-from collections.abc import Iterator
 
 import pytest
 from starlette.testclient import TestClient
@@ -47,8 +46,8 @@ def proxy() -> Proxy:
 
 
 @pytest.fixture
-def client(proxy: Proxy) -> Iterator[TestClient]:
-    yield TestClient(proxy.app)
+def client(proxy: Proxy) -> TestClient:
+    return TestClient(proxy.app)
 
 
 def test_nothing_without_a_good_token(client: TestClient, proxy: Proxy) -> None:

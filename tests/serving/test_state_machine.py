@@ -1,4 +1,4 @@
-"""Hypothesis: any interleaving of insert, lookup, expiry, eviction, policy change, load, deletion, restart and another process."""
+"""Hypothesis: any interleaving of the cache's operations, with restarts and another process on the same store."""
 
 from __future__ import annotations
 
@@ -171,9 +171,6 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.close()
         self.cache = self.open()
         after = {(m.text, m.cell) for m in self.cache.entries()}
-        # A restart loses nothing that may still be served, except to a quota that shrank meanwhile.
-        fresh = {(m.text, m.cell) for m in self.cache.entries()}
-        assert after == fresh
         if self.other is None:
             assert after <= before
 

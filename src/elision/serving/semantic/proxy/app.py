@@ -53,6 +53,7 @@ T = TypeVar("T")
 SSE = "text/event-stream"
 _UPKEEP_EVERY = 0.5
 _SWEEP_EVERY = 30.0
+_LARGE = 100_000
 # A store that hangs must not hold back the end of an answer for longer than this.
 _STORE_PATIENCE = 0.25
 
@@ -193,7 +194,9 @@ class Proxy:
             return self._too_large()
         headers = dict(request.headers)
         path = request.url.path
-        asked = read(path, request.url.query, headers, raw, self.config.rules)
+        rest = (path, request.url.query, headers, raw, self.config.rules)
+        # Megabytes of JSON would hold up everybody else on the event loop.
+        asked = await self._thread(read, *rest) if len(raw) > _LARGE else read(*rest)
         job = _Job("POST", self._url(request), to_upstream(headers), raw)
         if isinstance(asked, Bypass):
             return await self._fly(request, job, {"x-elision-cache": "bypass", "x-elision-reason": asked.reason}, start)

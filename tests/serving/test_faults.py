@@ -17,6 +17,7 @@ from elision.serving.semantic.config import ServeConfig
 from elision.serving.semantic.policies import checked
 from elision.serving.semantic.proxy.answers import StreamCollector, Unstorable, from_body
 from elision.serving.semantic.proxy.app import Proxy
+from elision.serving.semantic.proxy.requests import CHAT
 from elision.serving.semantic.proxy.server import running
 
 from .test_proxy import CONFIG, Service, service  # noqa: F401  (a fixture)
@@ -171,9 +172,7 @@ def test_slow_caller_delays_nobody(service: Service) -> None:  # noqa: F811
     body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "slow reader"}], "stream": True})
     with socket.create_connection((host, int(port))) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        s.sendall(
-            f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode()
-        )
+        s.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode())
         time.sleep(0.3)
         start = time.perf_counter()
         for _ in range(10):
@@ -203,9 +202,7 @@ def test_stalled_caller_is_dropped() -> None:
             host, port = url.removeprefix("http://").split(":")
             body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "never reads"}], "stream": True})
             with socket.create_connection((host, int(port))) as s:
-                s.sendall(
-                    f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode()
-                )
+                s.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode())
                 time.sleep(0.2)
                 assert len(proxy._flights) == 1
                 (flight,) = proxy._flights._flights.values()
@@ -218,7 +215,7 @@ def test_stalled_caller_is_dropped() -> None:
                 assert flight._size <= 200_000
 
 
-def test_store_down_is_pass_through_and_says_so(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_store_down_is_pass_through(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     store = service.proxy.cache.store.store
 
     def down(*_: object) -> None:

@@ -15,7 +15,7 @@ OPERATIONS = 120_000
 
 @pytest.mark.slow
 def test_no_answer_crosses_a_partition_in_120_000_operations() -> None:
-    """Requests differ in key, tenant header, model, tools, system prompt, temperature or history; texts are near equal."""
+    """Requests differ in key, tenant header, model, tools, system prompt, temperature or history."""
     rng = np.random.default_rng(12)
     encoder = TableEncoder(24)
     centre = unit(rng.standard_normal(24))

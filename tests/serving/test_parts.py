@@ -256,7 +256,8 @@ def test_latency_and_queue_count_as_load() -> None:
     meter.finished(0.9)
     loads = Loads(LoadOptions(queue_limit=10, half_life=1), clock)
     loads.read_vllm(
-        'vllm:num_requests_waiting{engine="0",model_name="m"} 4.0\nvllm:num_requests_waiting{engine="1",model_name="m"} 4\n'
+        'vllm:num_requests_waiting{engine="0",model_name="m"} 4.0\n'
+        'vllm:num_requests_waiting{engine="1",model_name="m"} 4\n'
     )
     clock.tick(20)
     assert loads.value("m") == pytest.approx(0.8, abs=0.01)

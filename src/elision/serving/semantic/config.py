@@ -46,7 +46,18 @@ class _Section(BaseModel):
 
 
 class EncoderConfig(_Section):
-    """Which encoder: "minilm" (packaged), "hash", "model" (any Hugging Face id or path), "endpoint" (OpenAI-style)."""
+    """Which encoder.
+
+    Attributes:
+        kind: "minilm" (packaged), "hash" (no model), "model" (any Hugging Face id or path), "endpoint" (OpenAI-style).
+        model: the id, the path, or the endpoint's model name.
+        url: of the endpoint, such as "http://localhost:8000/v1".
+        dim: length of the endpoint's or the hash encoder's vectors.
+        api_key_env: environment variable that holds the endpoint's key.
+        device: such as "cpu" or "cuda".
+        threads: torch threads of this process. One is as fast as several for a short question, and does not collapse
+            when other work wants the cores; `None` leaves torch alone.
+    """
 
     kind: Literal["minilm", "hash", "model", "endpoint"] = "minilm"
     model: str | None = None
@@ -54,6 +65,7 @@ class EncoderConfig(_Section):
     dim: int | None = Field(default=None, ge=8)
     api_key_env: str | None = None
     device: str = "cpu"
+    threads: int | None = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _complete(self) -> EncoderConfig:
@@ -70,6 +82,10 @@ class EncoderConfig(_Section):
         if self.kind == "endpoint":
             key = os.environ.get(self.api_key_env) if self.api_key_env else None
             return EndpointEncoder(self.url or "", self.model or "", self.dim or 0, api_key=key)
+        if self.threads is not None:
+            import torch
+
+            torch.set_num_threads(self.threads)
         return SentenceEncoder(self.model if self.kind == "model" else None, device=self.device)
 
 

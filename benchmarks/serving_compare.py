@@ -1,8 +1,9 @@
 """Category-aware caching against single thresholds, exact matching, GPTCache and no cache.
 
-    python benchmarks/serving_compare.py --count 2000 --gptcache-python PATH --out results/serving_compare.jsonl
+python benchmarks/serving_compare.py --count 2000 --gptcache-python PATH --out results/serving_compare.jsonl
 
-For GPTCache: a virtual environment of its own with `gptcache==0.1.44 faiss-cpu sqlalchemy "numpy<2"`, and the path of its Python.
+For GPTCache: a virtual environment of its own with `gptcache==0.1.44 faiss-cpu "sqlalchemy<2.1" "numpy<2"`, and the
+path of its Python.
 """
 
 from __future__ import annotations

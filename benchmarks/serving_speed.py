@@ -1,10 +1,11 @@
 """How fast the cache and the proxy are, as JSON lines.
 
-    python benchmarks/serving_speed.py --entries 100000 --gptcache-python PATH --out results/serving_speed.jsonl
+python benchmarks/serving_speed.py --entries 100000 --gptcache-python PATH --out results/serving_speed.jsonl
 
-Parts: lookups among many entries without embedding; memory per entry; restart; break-even hit rates with local search and with a
-simulated remote search of 30 ms; GPTCache's lookup rate on the same vectors; exact hits per second through HTTP; what the proxy adds
-to a miss; 1,000 concurrent streams. Everything runs on this machine's loopback; client, proxy and upstream share its cores.
+Parts: lookups among many entries without embedding; memory per entry; restart; break-even hit rates with local search
+and with a simulated remote search of 30 ms; GPTCache's lookup rate on the same vectors; exact hits per second through
+HTTP; what the proxy adds to a miss; 1,000 concurrent streams. Everything runs on one machine's loopback; client, proxy
+and upstream share its cores.
 """
 
 from __future__ import annotations
@@ -128,20 +129,24 @@ def library(entries: int, lookups: int, folder: Path) -> tuple[list[dict[str, An
         }
     )
     seconds: dict[str, list[float]] = {"hit": [], "miss": []}
-    correct = 0
+    near_hits = 0
     for i in rng.permutation(lookups):
         query = Query(f"asked {i}", WHO, "default")
-        question = cache.begin(query)
         start = time.perf_counter()
         question = cache.begin(query)
         found = cache.finish(question, table[query.text])
         seconds[found.status].append(time.perf_counter() - start)
         if i < half:
-            correct += (
-                found.status == "hit" and float(stored[int(found.question.text.split()[-1])] @ table[query.text]) <= 1.1
-            )
+            near_hits += found.status == "hit"
     both = seconds["hit"] + seconds["miss"]
     rows.append({"part": "lookup", "what": "all, embedding not counted", "n": len(both), **percentiles(both)})
+    rows.append(
+        {
+            "part": "recall",
+            "what": "near neighbours found",
+            "share": near_hits / half,
+        }
+    )
     rows += [{"part": "lookup", "what": kind, "n": len(s), **percentiles(s)} for kind, s in seconds.items() if s]
     rows.append(
         {"part": "lookup rate", "system": "elision", "entries": entries, "per_second": round(len(both) / sum(both), 1)}
@@ -185,7 +190,7 @@ def economics(cache: SemanticCache, search: float, fetch: float) -> list[dict[st
     }
     for where, cost in (("local", search), ("remote 30 ms", search + 0.030)):
         for model in (0.15, 0.2, 1.0, 4.0):
-            rows.append(
+            rows.append(  # noqa: PERF401  (two nested loops read better than one comprehension)
                 {
                     "part": "break-even",
                     "search": where,
@@ -200,12 +205,13 @@ def economics(cache: SemanticCache, search: float, fetch: float) -> list[dict[st
     return rows
 
 
-def gptcache(python: Path, stored: np.ndarray, asked: np.ndarray, lookups: int) -> dict[str, Any]:
+def gptcache(python: Path, stored: np.ndarray, asked: np.ndarray, lookups: int, folder: Path) -> dict[str, Any]:
     """GPTCache's lookups on the same stored vectors, nothing being added."""
     pick = np.random.default_rng(3).permutation(len(asked))[:lookups]
+    np.save(folder / "vectors.npy", np.concatenate([stored, asked[pick]]))
     job = {
         "texts": [f"stored {i}" for i in range(len(stored))] + [f"asked {i}" for i in pick],
-        "vectors": np.concatenate([stored, asked[pick]]).round(5).tolist(),
+        "file": str(folder / "vectors.npy"),
         "preload": [[f"stored {i}", "an answer"] for i in range(len(stored))],
         "asks": [[f"asked {i}", ""] for i in pick],
         "thresholds": [0.925],  # a cosine of 0.85
@@ -276,7 +282,7 @@ async def hits_per_second(base: str, n: int, connections: int) -> dict[str, Any]
     """Exact hits over raw keep-alive connections, so that the client costs as little as possible."""
     payload = json.dumps(body("the question that everybody asks")).encode()
     host, port = base.removeprefix("http://").split(":")
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(payload)}\r\n\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(payload)}\r\n\r\n"
     message, taken, hits = head.encode() + payload, [], 0
 
     async def one(count: int) -> None:
@@ -362,7 +368,7 @@ def over_http(folder: Path) -> list[dict[str, Any]]:
     with process("upstream", "-") as upstream:
         with process("hash", upstream, f"sqlite:{folder / 'h.db'}") as proxy:
             for connections in (1, 16):
-                rows.append(asyncio.run(hits_per_second(proxy, 4000, connections)))
+                rows.append(asyncio.run(hits_per_second(proxy, 4000, connections)))  # noqa: PERF401
             rows.append(added_to_a_miss(upstream, proxy, "hash encoder: all but the embedding"))
             rows.append(asyncio.run(streams(proxy, 1000)))
         with process("minilm", upstream, f"sqlite:{folder / 'm.db'}") as proxy:
@@ -388,7 +394,7 @@ def main() -> None:
         if not a.skip_library:
             parts, stored, asked = library(a.entries, a.lookups, folder)
             if a.gptcache_python is not None:
-                parts.append(gptcache(a.gptcache_python, stored, asked, a.gptcache_lookups))
+                parts.append(gptcache(a.gptcache_python, stored, asked, a.gptcache_lookups, folder))
         for row in parts:
             print(json.dumps(row), flush=True)
         for row in over_http(folder):

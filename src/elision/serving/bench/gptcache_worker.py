@@ -23,11 +23,12 @@ def run(job: dict[str, Any], threshold: float, folder: Path) -> dict[str, list[A
     from gptcache.processor.pre import get_prompt
     from gptcache.similarity_evaluation.distance import SearchDistanceEvaluation
 
-    vectors = {text: np.asarray(v, np.float32) for text, v in zip(job["texts"], job["vectors"], strict=True)}
+    array = np.load(job["file"]) if "file" in job else np.asarray(job["vectors"], np.float32)  # [n, dim]
+    vectors = dict(zip(job["texts"], array, strict=True))
     cache = Cache()
     manager = get_data_manager(
         CacheBase("sqlite", sql_url=f"sqlite:///{folder / 'g.db'}"),
-        VectorBase("faiss", dimension=len(job["vectors"][0]), index_path=str(folder / "g.index")),
+        VectorBase("faiss", dimension=array.shape[1], index_path=str(folder / "g.index")),
         max_size=200_000,
     )
     cache.init(
@@ -37,8 +38,8 @@ def run(job: dict[str, Any], threshold: float, folder: Path) -> dict[str, list[A
         similarity_evaluation=SearchDistanceEvaluation(),
         config=Config(similarity_threshold=threshold),
     )
-    for text, answer in job.get("preload", ()):
-        cache.import_data([text], [answer])
+    if job.get("preload"):
+        cache.import_data([text for text, _ in job["preload"]], [answer for _, answer in job["preload"]])
     found, seconds = [], []
     for text, answer in job["asks"]:
         start = time.perf_counter()

@@ -182,7 +182,7 @@ class Limits(_Section):
 
     body: int = Field(default=32_000_000, ge=1000)
     answer: int = Field(default=4_000_000, ge=1000)
-    connect_timeout: float = Field(default=5.0, gt=0)
+    connect_timeout: float = Field(default=10.0, gt=0)
     read_timeout: float = Field(default=600.0, gt=0)
     client_timeout: float = Field(default=120.0, gt=0)
     connections: int = Field(default=2000, ge=1)

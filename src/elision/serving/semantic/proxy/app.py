@@ -45,6 +45,7 @@ from elision.serving.semantic.proxy.relay import (
     upstream_error,
 )
 from elision.serving.semantic.proxy.requests import CHAT, COMPLETIONS, Asked, Bypass, read, tenant_of
+from elision.serving.semantic.sqlite_store import SQLiteStore
 from elision.serving.semantic.store import Answer
 from elision.serving.semantic.types import Lookup, Question
 
@@ -101,6 +102,7 @@ class Proxy:
         self.cache = cache if cache is not None else self.config.build_cache(self.loads)
         self.metrics = Metrics(self.cache, self.loads)
         self.grants = [*(Grant(token.digest(), token.tenant) for token in self.config.admin.tokens), *grants]
+        self._local = isinstance(self.cache.store.store, SQLiteStore)
         self._flights = Flights(self.config.limits.answer)
         self._batcher = Batcher(self.cache.embedder)
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="elision-cache")
@@ -129,9 +131,9 @@ class Proxy:
         limits = self.config.limits
         timeout = httpx.Timeout(limits.read_timeout, connect=limits.connect_timeout, pool=None)
         pool = httpx.Limits(max_connections=limits.connections, max_keepalive_connections=limits.connections)
-        async with httpx.AsyncClient(
-            timeout=timeout, limits=pool, transport=self._transport, trust_env=False
-        ) as client:
+        # Tried again only where no connection came about: nothing was sent, so nothing can happen twice.
+        transport = self._transport or httpx.AsyncHTTPTransport(limits=pool, retries=2)
+        async with httpx.AsyncClient(timeout=timeout, transport=transport, trust_env=False) as client:
             self._client = client
             upkeep = asyncio.create_task(self._upkeep())
             try:
@@ -219,7 +221,9 @@ class Proxy:
         return await self._fly(request, _Job(job.method, job.url, job.headers, raw, asked, found), about, start)
 
     async def _look_up(self, asked: Asked) -> Lookup:
-        found = await self._thread(self.cache.begin, asked.query)
+        # A read of a local file takes less time than handing it to a thread and back; a network may hang.
+        local = self._local and len(asked.query.text) < _LARGE
+        found = self.cache.begin(asked.query) if local else await self._thread(self.cache.begin, asked.query)
         if isinstance(found, Lookup):
             return found
         return await self._search(found)
@@ -231,6 +235,8 @@ class Proxy:
             log.warning("%s", error)
             return self.cache.give_up(question)
         self.metrics.embedded(seconds)
+        if self._local:
+            return self.cache.finish(question, vector, seconds)
         return await self._thread(self.cache.finish, question, vector, seconds)
 
     async def _fly(self, request: Request, job: _Job, about: dict[str, str], start: float) -> Response:

@@ -240,13 +240,14 @@ from elision.serving.bench.upstream import ScriptedUpstream
 from elision.serving.semantic.config import ServeConfig
 from elision.serving.semantic.policies import checked
 from elision.serving.semantic.proxy.app import Proxy
-from elision.serving.semantic.proxy.server import listen, running, server
+from elision.serving.semantic.proxy.server import listen, own_process, server
 kind, upstream = sys.argv[1], sys.argv[2]
 if kind == "upstream":
     app = ScriptedUpstream(delay=0.02, pause=0.01).app
 else:
     rules = {"default": {"threshold": 0.95}, "encoder": {"kind": kind}, "store": {"url": sys.argv[3]}}
     app = Proxy(upstream, checked(ServeConfig, rules, "bench")).app
+own_process()
 sock = listen("127.0.0.1", 0)
 print(sock.getsockname()[1], flush=True)
 server(app).run(sockets=[sock])

@@ -55,7 +55,7 @@ def _serve(
         from elision.serving.semantic.policies import checked
         from elision.serving.semantic.proxy.admin import Grant
         from elision.serving.semantic.proxy.app import Proxy
-        from elision.serving.semantic.proxy.server import listen, running, server
+        from elision.serving.semantic.proxy.server import listen, own_process, running, server
     except ImportError as error:
         if isinstance(error, ElisionError):
             raise
@@ -71,6 +71,7 @@ def _serve(
     if check:
         console.print("the configuration is good")
         return
+    own_process()
     grants, token = [], None
     if not settings.admin.tokens:
         token = secrets.token_urlsafe(24)

@@ -6,6 +6,7 @@ embeddings endpoint) and `HashEncoder` (hashed n-grams: no model at all, for tes
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import re
@@ -91,7 +92,9 @@ class SentenceEncoder:
         self._model: Any = SentenceTransformer(str(model or packaged_minilm()), device=device)
         self._batch = batch
         self._lock = threading.Lock()
-        self._tokenizer = self._model.tokenizer
+        # A copy of its own: `covers` need not wait for a batch, and tokenizers are not re-entrant.
+        self._tokenizer = copy.deepcopy(self._model.tokenizer)
+        self._tokenizer_lock = threading.Lock()
         self.window = int(self._model.get_max_seq_length() or 512)
         self.dim = int(cast(Any, self._model).get_embedding_dimension())
         self.name = f"{self.name}/{self.dim}"
@@ -116,8 +119,7 @@ class SentenceEncoder:
             return True
         if len(text) > 64 * self.window:
             return False
-        # Python's tokenizers are not re-entrant while their truncation settings are being changed.
-        with self._lock:
+        with self._tokenizer_lock:
             return len(self._tokenizer(text, truncation=False, verbose=False)["input_ids"]) <= self.window
 
 

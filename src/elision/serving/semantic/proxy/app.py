@@ -243,17 +243,23 @@ class Proxy:
         """Joins or starts the flight of a request and relays it."""
         found, asked = job.found, job.asked
         key = None
-        if found is not None and asked is not None and found.status == "miss" and found.admissible:
-            key = digest(found.question.fingerprint, asked.delivery)
-        store = asked is not None and asked.query.store
+        if (
+            found is not None
+            and asked is not None
+            and found.status == "miss"
+            and found.admissible
+            and asked.query.store
+        ):
+            # Only those who want the same kept for the same time share a flight: the first one's answer is stored.
+            key = digest(found.question.fingerprint, asked.delivery, repr(asked.query.ttl))
         path = request.url.path if request.url.path in (CHAT, COMPLETIONS) else "other"
-        reader, joined = self._flights.board(key, lambda flight: self._run(flight, job), store=store)
+        reader, joined = self._flights.board(key, lambda flight: self._run(flight, job))
         try:
             head = await head_of(reader, request)
             if joined and 400 <= head[0] < 500:
                 # Another caller's key or quota may be to blame: this one asks for itself.
                 await reader.close()
-                reader, joined = self._flights.board(None, lambda flight: self._run(flight, job), store=store)
+                reader, joined = self._flights.board(None, lambda flight: self._run(flight, job))
                 head = await head_of(reader, request)
         except CallerGone:
             await reader.close()
@@ -305,7 +311,7 @@ class Proxy:
             if collector.done and not stored:
                 # Before [DONE] is passed on: a caller that asks again at once finds its answer.
                 stored = True
-                await self._store(flight, job, collector.answer, start)
+                await self._store(job, collector.answer, start)
             await flight.push(chunk)
 
     async def _whole(self, flight: Flight, job: _Job, response: httpx.Response, start: float) -> None:
@@ -319,16 +325,14 @@ class Proxy:
                     await flight.push(piece)
                 held = []
         if held:
-            await self._store(flight, job, lambda: from_body(b"".join(held), chat=chat), start)
+            await self._store(job, lambda: from_body(b"".join(held), chat=chat), start)
             for piece in held:
                 await flight.push(piece)
 
-    async def _store(self, flight: Flight, job: _Job, answer: Callable[[], Answer], start: float) -> None:
-        """Stores an answer if there is one and anybody allows it; waits for the store a little, not for long."""
+    async def _store(self, job: _Job, answer: Callable[[], Answer], start: float) -> None:
+        """Stores an answer if there is one; waits for the store a little, not for long."""
         found = job.found
         assert found is not None
-        if not flight.store:
-            return
         seconds = time.perf_counter() - start
 
         def work() -> None:

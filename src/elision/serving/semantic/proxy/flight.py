@@ -22,11 +22,9 @@ class Flight:
     Attributes:
         keep: bytes up to which the whole reply is kept, so that others may join late; beyond, reading keeps pace with
             the slowest.
-        store: whether any of the callers allows the answer to be stored.
     """
 
     keep: int = 4_000_000
-    store: bool = True
     _chunks: list[bytes] = field(default_factory=list)
     _first: int = 0  # number of chunks that were dropped from the front
     _size: int = 0  # bytes kept
@@ -160,7 +158,7 @@ class Flights:
     def __len__(self) -> int:
         return len(self._flights)
 
-    def board(self, key: str | None, run: Callable[[Flight], Awaitable[None]], *, store: bool) -> tuple[Reader, bool]:
+    def board(self, key: str | None, run: Callable[[Flight], Awaitable[None]]) -> tuple[Reader, bool]:
         """Joins the flight for a fingerprint, or starts one; `None` always flies alone.
 
         Returns:
@@ -168,9 +166,8 @@ class Flights:
         """
         flight = self._flights.get(key) if key is not None else None
         if flight is not None and flight.joinable and flight.readers:
-            flight.store = flight.store or store
             return flight.join(), True
-        flight = Flight(self._keep, store)
+        flight = Flight(self._keep)
         reader = flight.join()
         if key is None:
             flight.start(run)

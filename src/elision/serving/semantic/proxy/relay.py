@@ -50,7 +50,9 @@ def to_upstream(headers: Mapping[str, str]) -> dict[str, str]:
 def from_upstream(response: httpx.Response) -> Head:
     """Status and headers of an upstream reply for the caller."""
     raw = [(name.lower(), value) for name, value in response.headers.raw]
-    return response.status_code, [(name, value) for name, value in raw if name.decode("latin-1") not in _NOT_RETURNED]
+    kept = [(name, value) for name, value in raw if name.decode("latin-1") not in _NOT_RETURNED]
+    # What these headers say is the proxy's word alone.
+    return response.status_code, [(name, value) for name, value in kept if not name.startswith(b"x-elision-")]
 
 
 def error_reply(status: int, kind: str, message: str, headers: Mapping[str, str] | None = None) -> Response:

@@ -18,7 +18,8 @@ from elision.errors import OptionError
 def own_process() -> None:
     """Settings for a process that does nothing but serve; never called by the library.
 
-    Python lets a thread compute for 5 ms before another one gets its turn: longer than the proxy needs for a whole request.
+    Python lets a thread compute for 5 ms before another one gets its turn: longer than the proxy needs for a whole
+    request.
     """
     sys.setswitchinterval(0.0005)
 

@@ -63,6 +63,7 @@ def test_2_full_beam_is_brute_force() -> None:
     vectors = unit(rng.standard_normal((2000, 24)))
     index = VectorIndex(24, IndexOptions(promote=1, ef_search=2000))
     index.add_many(range(2000), vectors)
+    assert index.build()
     for query in unit(rng.standard_normal((100, 24))):
         found = index.search(query, 10)
         true = np.argsort(-(vectors @ query), kind="stable")[:10]
@@ -77,6 +78,7 @@ def test_2_recall_at_ef_20_over_10_000() -> None:
     vectors = unit(centres[rng.integers(200, size=10_000)] + 0.7 * rng.standard_normal((10_000, 64)))
     index = VectorIndex(64, IndexOptions(promote=1, ef_search=20))
     index.add_many(range(10_000), vectors)
+    assert index.build()
     queries = unit(centres[rng.integers(200, size=500)] + 0.7 * rng.standard_normal((500, 64)))
     hits = [index.search(q, 1)[0][0] == int(np.argmax(vectors @ q)) for q in queries]
     assert np.mean(hits) >= 0.95
@@ -90,6 +92,7 @@ def test_2_every_live_entry_finds_itself_after_turnover() -> None:
     index = VectorIndex(dim, IndexOptions(promote=100))
     vectors = dict(enumerate(unit(rng.standard_normal((n, dim)))))
     index.add_many(vectors, np.stack(list(vectors.values())))
+    assert index.build()
     for slot in range(n, 4 * n):
         gone = int(rng.choice(n)) if slot < 0 else slot - n
         assert index.remove(gone)

@@ -480,3 +480,38 @@ def test_sweep_drops_what_no_load_could_serve(clock: FakeClock, who: Partition) 
     clock.tick(11)
     assert cache.sweep() == 5
     assert list(cache.store.records()) == []
+
+
+def test_a_growing_index_answers_throughout_and_never_stalls() -> None:
+    """While the graph is built in portions, searches are exact scans; afterwards nothing is lost or comes back."""
+    rng = np.random.default_rng(5)
+    vectors = unit(rng.standard_normal((900, 16)))
+    index, live = VectorIndex(16, IndexOptions(promote=100)), set()
+    flat_seen = graph_seen = False
+    for slot in range(800):
+        index.add(slot, vectors[slot])
+        live.add(slot)
+        if slot % 3 == 0 and slot:
+            gone = int(rng.choice(sorted(live)))
+            assert index.remove(gone)
+            live.discard(gone)
+        flat_seen |= index._next is not None
+        graph_seen |= index._graph is not None
+        if slot % 20 == 0:
+            assert index.search(vectors[slot], 1)[0][0] in live
+            assert len(index) == len(live)
+    assert flat_seen
+    assert graph_seen
+    assert index.build()
+    assert {slot for slot, _ in index.search(vectors[0], len(live))} == live
+    late = VectorIndex(16, IndexOptions(promote=100))
+    late.add_many(range(600), vectors[:600])
+    assert late._graph is None, "many at once are built in portions too"
+    assert late.remove(5)
+    assert late.search(vectors[7], 1)[0][0] == 7
+    late.add(5, vectors[899])
+    while not late.build(50):
+        assert late.search(vectors[9], 1)[0][0] == 9
+    assert late._graph is not None
+    assert late.search(vectors[899], 1)[0][0] == 5
+    assert len(late) == 600

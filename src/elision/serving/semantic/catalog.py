@@ -105,8 +105,8 @@ class Catalog:
             self._cell(meta.cell).add(meta.slot, record.vector)
         return meta
 
-    def add_many(self, records: Iterable[Record]) -> None:
-        """Adds many entries, cell by cell: the way to build everything at the start."""
+    def add_many(self, records: Iterable[Record], *, build: bool = True) -> None:
+        """Adds many entries, cell by cell; without `build` large cells stay flat until their `build` is called."""
         groups: dict[tuple[str, str], tuple[list[int], list[Vector]]] = {}
         for record in records:
             meta = self._remember(record)
@@ -115,7 +115,14 @@ class Catalog:
                 slots.append(meta.slot)
                 vectors.append(record.vector)
         for cell, (slots, vectors) in groups.items():
-            self._cell(cell).add_many(slots, np.stack(vectors))
+            index = self._cell(cell)
+            index.add_many(slots, np.stack(vectors))
+            if build:
+                index.build()
+
+    def indexes(self) -> list[VectorIndex]:
+        """All indexes."""
+        return list(self._cells.values())
 
     def remove(self, id: str) -> Meta | None:
         """Forgets an entry everywhere; `None` if it was not there."""

@@ -44,8 +44,8 @@ class Entries:
         load: the load signal s in [0, 1] of a model.
         economics: measures break-even rates and may switch categories off.
         clock: seconds since the epoch, for ages.
-        load_now: `False` leaves loading the store's entries to a later `load()`; until then every lookup is a miss
-            ("warming").
+        load_now: `False` leaves loading the store's entries to a later `load()`, until which every lookup is a miss
+            ("warming"), and building the graphs of large cells to calls of `build`.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Entries:
         self._garbage: set[str] = set()
         self._cursor = ""
         self._not_ready: str | None = "warming"
+        self._build_at_once = load_now
         if load_now:
             self.load()
 
@@ -119,7 +120,7 @@ class Entries:
             fit = [self._fitting(record) for record in newest.values() if self._alive(record)]
             # By age, so that the least recently stored entry is the first to go; recency of use is not kept over a
             # restart.
-            catalog.add_many(sorted(fit, key=lambda r: (r.created_at, r.id)))
+            catalog.add_many(sorted(fit, key=lambda r: (r.created_at, r.id)), build=self._build_at_once)
             with self._lock:
                 self._catalog, self._cursor = catalog, cursor
                 kept = {record.id for record in fit}
@@ -131,6 +132,16 @@ class Entries:
                 self._not_ready = None
             self._discard(victims)
         return len(self)
+
+    def build(self, portion: int = 200) -> bool:
+        """Builds the next portion of the graphs of large cells, which answer by scanning until then.
+
+        Returns:
+            Whether nothing is left to build.
+        """
+        with self._lock:
+            indexes = self._catalog.indexes()
+        return all(index.build(portion) for index in indexes)
 
     def _alive(self, record: Record) -> bool:
         """Whether a record may still be served under the present policies."""

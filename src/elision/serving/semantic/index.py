@@ -1,5 +1,8 @@
 """Nearest neighbours in one partition: a flat scan while it is small, HNSW when it has grown.
 
+The graph is built in portions beside the flat form, which answers until the graph is complete: no insertion and no
+lookup waits for the whole of it, and after a restart the first lookups are slow (a scan) rather than impossible.
+
 Spec: "Data" (in-memory HNSW over unit vectors, similarity = dot product), hyper-parameters M = 16, efConstruction =
     200, and
 "Pitfalls" (re-rank the beam, test against brute force). The spec's early stop at the first similarity >= τ is
@@ -22,6 +25,8 @@ from usearch.index import Index as Graph
 from elision.errors import OptionError
 
 Vector = npt.NDArray[np.float32]
+# Vectors moved into a growing graph per insertion: it catches up, and no insertion waits for all of it.
+_STEP = 8
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,11 @@ class VectorIndex:
         )  # flat form: [capacity, dim], of which the first len(_slots) are used
         self._slots: list[int] = []
         self._row_of: dict[int, int] = {}
+        # While a graph is being built, the flat form goes on answering; these say what the graph still has to learn.
+        self._build_lock = threading.Lock()
+        self._next: Graph | None = None
+        self._pending: list[int] = []
+        self._gone: set[int] = set()
 
     def __len__(self) -> int:
         """Number of live vectors."""
@@ -93,7 +103,7 @@ class VectorIndex:
         self.add_many([slot], np.asarray(vector, np.float32)[None])
 
     def add_many(self, slots: Iterable[int], vectors: Vector) -> None:
-        """Adds unit vectors [n, dim] under n unused slots; much faster than one by one once there is a graph."""
+        """Adds unit vectors [n, dim] under n unused slots; after many at once, call `build` to have the graph."""
         slots = list(slots)
         vectors = np.ascontiguousarray(vectors, np.float32)
         self._check(slots, vectors)
@@ -101,13 +111,50 @@ class VectorIndex:
             taken = [slot for slot in slots if slot in self]
             if taken or len(set(slots)) < len(slots):
                 raise OptionError(f"slots {taken[:3] or slots[:3]} are in use or given twice: a slot names one vector")
-            if self._graph is None and len(self._slots) + len(slots) > self.options.promote:
-                self._promote()
             if self._graph is not None:
                 # One thread: parallel insertion left up to 3 of 2,000 nodes unreachable, and differs from run to run.
                 self._graph.add(np.asarray(slots, np.uint64), vectors, threads=1, copy=True)
-            else:
-                self._append(slots, vectors)
+                return
+            self._append(slots, vectors)
+            if self._next is not None:
+                self._pending += slots
+                self._gone.difference_update(slots)
+            elif len(self._slots) > self.options.promote:
+                self._next, self._pending = self._new_graph(), list(self._slots)
+        self.build(_STEP + 1)
+
+    def build(self, most: int | None = None) -> bool:
+        """Moves vectors into the graph that is being built; searches go on meanwhile, in the flat form.
+
+        Args:
+            most: at most so many (about a millisecond each); `None` for all.
+
+        Returns:
+            Whether nothing is left to build.
+        """
+        with self._build_lock:
+            with self._lock:
+                graph = self._next
+                if graph is None:
+                    return True
+                batch, self._pending = self._pending[:most], self._pending[most:] if most is not None else []
+                batch = [slot for slot in dict.fromkeys(batch) if slot in self._row_of]
+                vectors = self._rows[[self._row_of[slot] for slot in batch]]  # [n, dim], a copy
+            # Nobody else touches the new graph, so nobody waits here.
+            for slot in batch:
+                if slot in graph:
+                    graph.remove(slot)
+            if batch:
+                graph.add(np.asarray(batch, np.uint64), vectors, threads=1, copy=True)
+            with self._lock:
+                if self._pending:
+                    return False
+                for slot in self._gone:
+                    if slot in graph:
+                        graph.remove(slot)
+                self._graph, self._next, self._gone = graph, None, set()
+                self._rows, self._slots, self._row_of = np.empty((0, self.dim), np.float32), [], {}
+                return True
 
     def remove(self, slot: int) -> bool:
         """Removes a slot; `False` if it was not there."""
@@ -117,6 +164,8 @@ class VectorIndex:
             if self._graph is not None:
                 self._graph.remove(slot)
                 return True
+            if self._next is not None:
+                self._gone.add(slot)
             row, last = self._row_of.pop(slot), self._slots.pop()
             if last != slot:
                 self._slots[row], self._row_of[last] = last, row
@@ -177,7 +226,8 @@ class VectorIndex:
     def nbytes(self) -> int:
         """Bytes held by vectors and graph, as reported by their owners."""
         with self._lock:
-            return int(self._graph.memory_usage) if self._graph is not None else int(self._rows.nbytes)
+            graphs = (graph for graph in (self._graph, self._next) if graph is not None)
+            return int(self._rows.nbytes) + sum(int(graph.memory_usage) for graph in graphs)
 
     def _check(self, slots: list[int], vectors: Vector) -> None:
         if vectors.shape != (len(slots), self.dim):
@@ -202,7 +252,7 @@ class VectorIndex:
     def _append(self, slots: list[int], vectors: Vector) -> None:
         n, need = len(self._slots), len(self._slots) + len(slots)
         if need > len(self._rows):
-            grown = np.empty((max(8, need, min(2 * len(self._rows), self.options.promote)), self.dim), np.float32)
+            grown = np.empty((max(8, need, 2 * len(self._rows)), self.dim), np.float32)
             grown[:n] = self._rows[:n]
             self._rows = grown
         self._rows[n:need] = vectors
@@ -210,9 +260,9 @@ class VectorIndex:
             self._row_of[slot] = n + offset
         self._slots += slots
 
-    def _promote(self) -> None:
+    def _new_graph(self) -> Graph:
         o = self.options
-        graph = Graph(
+        return Graph(
             ndim=self.dim,
             metric="ip",
             dtype=o.dtype,
@@ -220,8 +270,3 @@ class VectorIndex:
             expansion_add=o.ef_construction,
             expansion_search=o.ef_search,
         )
-        n = len(self._slots)
-        if n:
-            graph.add(np.asarray(self._slots, np.uint64), self._rows[:n], threads=1, copy=True)
-        self._graph = graph
-        self._rows, self._slots, self._row_of = np.empty((0, self.dim), np.float32), [], {}

@@ -149,12 +149,13 @@ class Proxy:
 
     async def _upkeep(self) -> None:
         """Loads the store, then takes over others' entries, drops expired ones and reads the upstream's queue."""
-        swept, said = time.monotonic(), ""
+        swept, said, building = time.monotonic(), "", False
         while True:
             try:
                 if self.cache.problem() is not None or self.config.store.is_shared:
                     await self._thread(self.cache.heal)
                     await self._thread(self.cache.sync)
+                building = not await self._thread(self.cache.build)
                 if time.monotonic() - swept > _SWEEP_EVERY:
                     swept = time.monotonic()
                     await self._thread(self.cache.sweep)
@@ -170,7 +171,7 @@ class Proxy:
             except Exception:
                 self.metrics.errors.inc()
                 log.exception("upkeep failed and will be tried again")
-            await asyncio.sleep(_UPKEEP_EVERY)
+            await asyncio.sleep(0.0 if building else _UPKEEP_EVERY)
 
     async def _read_queue(self, url: str) -> None:
         assert self._client is not None

@@ -515,3 +515,19 @@ def test_a_growing_index_answers_throughout_and_never_stalls() -> None:
     assert late._graph is not None
     assert late.search(vectors[899], 1)[0][0] == 5
     assert len(late) == 600
+
+
+def test_names_that_callers_invent_fill_no_memory() -> None:
+    loads, economics = Loads(), Economics()
+    for _ in range(5):
+        economics.looked_up("c", "real", hit=True, embed=None, search=0.001, fetch=0.001)
+    busy = loads.meter("real")
+    busy.started()
+    for i in range(3000):
+        loads.meter(f"junk {i}")
+        economics.looked_up("c", f"junk {i}", hit=False, embed=None, search=0.001, fetch=None)
+    assert loads.meter("real") is busy
+    assert len(loads.values()) <= 1001
+    rows = economics.report()
+    assert len(rows) <= 1000
+    assert next(r for r in rows if r["model"] == "real")["lookups"] == 5

@@ -36,7 +36,9 @@ def serve(
     try:
         _serve(console, upstream, config, demo, host, port, store, check)
     except ElisionError as error:
-        console.print(f"[bold red]error[/] {error}", highlight=False, markup=True, soft_wrap=True)
+        console.print("error", style="bold red", end=" ")
+        # Not markup: messages quote what the user wrote, brackets included.
+        console.print(str(error), highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
 
 

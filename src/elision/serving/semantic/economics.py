@@ -185,16 +185,17 @@ class Economics:
     def _ledger(self, category: str, model: str) -> Ledger:
         ledger = self._ledgers.get((category, model))
         if ledger is None:
-            ledger = Ledger()
-            # Callers choose model names: past the limit they are not told apart from nothing, instead of filling the
-            # memory.
-            if len(self._ledgers) < MOST_PAIRS:
-                self._ledgers[category, model] = ledger
+            # Callers choose the models' names: past the limit the pair that is asked for least makes room.
+            if len(self._ledgers) >= MOST_PAIRS:
+                least = min(self._ledgers, key=lambda pair: self._ledgers[pair].lookups)
+                del self._ledgers[least]
+                self._off.pop(least, None)
+            ledger = self._ledgers[category, model] = Ledger()
         return ledger
 
     def _judge(self, category: str, model: str, ledger: Ledger) -> None:
         o, h_be = self.options, ledger.break_even
         if not o.enabled or h_be is None or ledger.lookups < o.min_lookups:
             return
-        if (category, model) in self._ledgers and upper_bound(ledger.hits, ledger.lookups, o.confidence) < h_be:
+        if upper_bound(ledger.hits, ledger.lookups, o.confidence) < h_be:
             self._off[category, model] = self._clock()

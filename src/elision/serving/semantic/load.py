@@ -92,6 +92,11 @@ class LoadMeter:
             self._queued = max(0, waiting)
 
     @property
+    def idle(self) -> bool:
+        """Whether nothing is in flight and the signal is 0."""
+        return self._in_flight == 0 and self.value == 0.0
+
+    @property
     def value(self) -> float:
         """s in [0, 1]; 0 exactly while not engaged."""
         with self._lock:

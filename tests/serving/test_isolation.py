@@ -10,11 +10,11 @@ from elision.serving.semantic.proxy.requests import CHAT, Asked, Rules, read
 
 from .conftest import FakeClock, TableEncoder, at_angle
 
-OPERATIONS = 120_000
+OPERATIONS = 105_000
 
 
 @pytest.mark.slow
-def test_no_answer_crosses_a_partition_in_120_000_operations() -> None:
+def test_no_answer_crosses_a_partition_in_105_000_operations() -> None:
     """Requests differ in key, tenant header, model, tools, system prompt, temperature or history."""
     rng = np.random.default_rng(12)
     encoder = TableEncoder(24)
@@ -56,7 +56,7 @@ def test_no_answer_crosses_a_partition_in_120_000_operations() -> None:
         hits += 1
         semantic += found.reason == "semantic"
         assert owner[found.answer.text] == expected[which], (requests[which], found)
-    assert hits > 20_000
+    assert hits > 15_000
     assert semantic > 5_000
 
 

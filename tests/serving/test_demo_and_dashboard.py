@@ -195,3 +195,34 @@ def test_command_names_wrong_policy_fields(tmp_path: Path) -> None:
     assert done.returncode == 2
     for text in ("treshold", "known fields here", "less than or equal to 1", "'soon' is no duration", "index = 3"):
         assert text in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_demo_model_goes_on_in_another_thread() -> None:
+    """Each piece may be asked for by another thread of a pool; modes of torch belong to threads."""
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+
+    from elision.serving.semantic.proxy.demo import Generator
+
+    generator = Generator()
+    prompt = generator.prompt([{"role": "user", "content": "What is the capital of France?"}])
+
+    def begin():
+        return generator(prompt, max_tokens=24, temperature=0.0, stop=threading.Event())
+
+    alone = list(begin())
+    handed_on, pieces = begin(), []
+    while True:
+        with ThreadPoolExecutor(1) as pool:
+            piece = pool.submit(next, handed_on, None).result()
+        if piece is None:
+            break
+        pieces.append(piece)
+    assert pieces == alone
+    assert "Paris" in "".join(text for text, _, _ in pieces)
+    stop = threading.Event()
+    stopped = generator(prompt, max_tokens=24, temperature=0.0, stop=stop)
+    next(stopped)
+    stop.set()
+    assert len(list(stopped)) == 1

@@ -73,14 +73,17 @@ class Generator:
         self, prompt: str, *, max_tokens: int, temperature: float, stop: threading.Event
     ) -> Iterator[tuple[str, str | None, dict[str, int]]]:
         """Pieces of the answer: text, finish reason ("stop" or "length", at the end) and token counts so far."""
-        with self._lock, self._torch.inference_mode():
+        with self._lock:
             ids = self._tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
             given, made, cache, said = ids.shape[1], list[int](), None, ""
             finish = "length"
             while len(made) < max_tokens and not stop.is_set():
-                out = self._model(input_ids=ids, past_key_values=cache, use_cache=True)
-                cache, logits = out.past_key_values, out.logits[0, -1]
-                token = self._pick(logits, temperature)
+                # Entered anew for each token: the mode belongs to a thread, and the next piece may be asked for by
+                # another.
+                with self._torch.inference_mode():
+                    out = self._model(input_ids=ids, past_key_values=cache, use_cache=True)
+                    cache = out.past_key_values
+                    token = self._pick(out.logits[0, -1], temperature)
                 if token == self._tokenizer.eos_token_id:
                     finish = "stop"
                     break

@@ -10,6 +10,7 @@ ElisionError
 ├── ClockError                         the step or the branch of a call cannot be known
 ├── TapDisplaced                       something replaced a tap, so the method no longer sees the calls
 ├── Closed                             an `Applied` used after `remove()`
+├── StoreUnavailable                   a document store that cannot be reached, read or written
 └── MissingDependency (ImportError)    an optional package or data set that is not installed
 """
 
@@ -65,6 +66,10 @@ class TapDisplaced(ElisionError):
 
 class Closed(ElisionError):
     """An `Applied` was used after `remove()`."""
+
+
+class StoreUnavailable(ElisionError):
+    """A document store that cannot be reached, read or written (Redis down, disk full, file locked)."""
 
 
 class MissingDependency(ElisionError, ImportError):

@@ -1,0 +1,1 @@
+"""Caches across requests: what a service computed for one request and need not compute for the next."""

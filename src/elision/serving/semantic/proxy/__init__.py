@@ -1,0 +1,1 @@
+"""An OpenAI-compatible proxy around the semantic cache."""

@@ -14,7 +14,7 @@ $(VENV)/demo: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/dev: $(VENV)/demo
-	$(PIP) --editable ".[demo,transformers,dev]"
+	$(PIP) --editable ".[demo,transformers,serve,dev]"
 	@touch $@
 
 demo: $(VENV)/demo

@@ -20,6 +20,7 @@ from elision.cli._common import (
     steps_of,
     table_width,
 )
+from elision.errors import MissingDependency
 
 if TYPE_CHECKING:
     from elision.bench.summary import Comparison
@@ -107,3 +108,30 @@ def _publish(result: Comparison, path: Path, report: bool, as_json: bool) -> Non
     out.print(f"results  {path}", highlight=False, soft_wrap=True)
     if page:
         out.print(f"report   {page.resolve()}", highlight=False, soft_wrap=True)
+
+
+@app.command("serving")
+def serving(
+    workload: Annotated[list[str] | None, typer.Option(help='"text" or "vectors"; by default both.')] = None,
+    count: Annotated[int, typer.Option(min=1, help="Requests per workload.")] = 5000,
+    seed: Annotated[int, typer.Option(help="Seed of the workloads; thresholds are fitted on another one.")] = 0,
+    gptcache_python: Annotated[
+        Path | None, typer.Option(help="An interpreter with gptcache==0.1.44; without one GPTCache is left out.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--out", "--output", "-o", help="Result file (.jsonl).")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare the semantic cache with every single global threshold, with GPTCache and with no cache."""
+    try:
+        from elision.serving.bench.compare import compare
+    except ModuleNotFoundError as error:
+        raise MissingDependency(f"{error.name} is not installed: pip install 'elision[serve]'") from error
+    compare(
+        workload or ("text", "vectors"),
+        count=count,
+        seed=seed,
+        gptcache_python=gptcache_python,
+        out=output,
+        as_json=as_json,
+        console=out,
+    )

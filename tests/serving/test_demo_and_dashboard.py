@@ -61,9 +61,13 @@ def until(check, seconds: float = 15.0) -> None:
 
 
 def cell(browser, category: str, column: int) -> str:
-    path = f"//table[@id='categories']//tr[starts-with(td[1], '{category}')]/td[{column}]"
-    found = browser.find_elements("xpath", path)
-    return found[0].text if found else ""
+    """A cell of the table, read in one go: the page replaces its rows every second."""
+    script = """
+        const rows = [...document.querySelectorAll("#categories tbody tr")];
+        const row = rows.find(tr => tr.cells[0].textContent.startsWith(arguments[0]));
+        return row ? row.cells[arguments[1] - 1].textContent : "";
+    """
+    return browser.execute_script(script, category, column)
 
 
 def test_dashboard_shows_hits_savings_and_reports(browser) -> None:

@@ -185,4 +185,5 @@ def test_register_refuses_a_taken_name() -> None:
 
 def test_methods_of_a_family() -> None:
     assert [row.name for row in elision.methods("denoise")] == sorted(METHODS)
-    assert elision.methods("nonsense") == []
+    with pytest.raises(UnknownName, match="did you mean 'denoise'"):
+        elision.methods("denoize")

@@ -80,6 +80,8 @@ def _end_to_end() -> str:
     import elision
 
     class Toy(torch.nn.Module):
+        """A denoiser of one line."""
+
         def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             return x * timestep
 

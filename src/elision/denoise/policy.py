@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -29,7 +29,7 @@ class Decision(NamedTuple):
 COMPUTE, STAND_IN = Decision(False, "scheduled"), Decision(True, "scheduled")
 
 
-class Schedule:
+class Schedule(ABC):
     """When to compute. One object serves all sites of a group for the length of a run.
 
     `scope` says how often `decide` runs: once per "step" for all branches and sites, once per "branch", or for every
@@ -39,11 +39,13 @@ class Schedule:
     scope: ClassVar[Literal["step", "branch", "site"]] = "step"
     listens: ClassVar[bool] = False
 
+    @abstractmethod
     def decide(self, step: Step, site: Site, call: Call) -> Decision:
         """Compute or stand in at this call. `call.x` belongs to the first call of the scope."""
-        raise NotImplementedError
 
-    def update(self, step: Step, site: Site, call: Call, out: Any, computed: bool) -> None:
+    def update(  # noqa: B027 (listening is optional)
+        self, step: Step, site: Site, call: Call, out: Any, computed: bool
+    ) -> None:
         """Learn from a call that was computed or stood in; only called where `listens`."""
 
     def tensors(self) -> Iterable[Tensor]:
@@ -63,15 +65,16 @@ class Schedule:
         return ()
 
 
-class Predictor:
+class Predictor(ABC):
     """How to stand in. The session makes one per site, branch and stream for the length of a run."""
 
     kind: ClassVar[Literal["reused", "predicted"]] = "reused"
 
+    @abstractmethod
     def ready(self, step: Step) -> bool:
         """Whether there is enough history; False forces a computation."""
-        raise NotImplementedError
 
+    @abstractmethod
     def observe(self, step: Step, x: Tensor, call: Call, out: Tensor, computed: bool) -> None:
         """Learn from an output; `computed` is False for the predictor's own stand-ins.
 
@@ -82,11 +85,10 @@ class Predictor:
             out: the tensor that came out of this stream.
             computed: whether the module really ran.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, step: Step, x: Tensor, call: Call) -> Tensor:
         """The stand-in for the output of this call."""
-        raise NotImplementedError
 
     def tensors(self) -> Iterable[Tensor]:
         """Tensors kept between calls, for the byte count."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import ClassVar, Literal
 
@@ -118,9 +119,9 @@ class Criterion(Schedule):
         """Steps whose statistic was not finite."""
         return self._notes
 
+    @abstractmethod
     def estimate(self, step: Step, site: Site, call: Call) -> float | None:
         """Estimated relative change since the step before; None while unknown."""
-        raise NotImplementedError
 
     def seen(self, step: Step, call: Call) -> None:
         """Called after every decision, whatever it was."""

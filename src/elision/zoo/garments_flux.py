@@ -6,6 +6,7 @@ The image is its own latent: 32 x 32 pixels in 4 x 4 patches are 64 tokens of 16
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,9 @@ def save(pipe: GarmentsPipeline, folder: Path) -> None:
     """Write the pipeline with float16 weights."""
     pipe.transformer.half()
     pipe.save_pretrained(folder, variant="fp16")
+    config = folder / "transformer" / "config.json"
+    entries = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
+    config.write_text(json.dumps(entries, indent=2) + "\n")  # where it was loaded from is nobody's business
     pipe.transformer.float()
 
 

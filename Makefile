@@ -34,6 +34,7 @@ bench: $(VENV)/dev
 
 docs: $(VENV)/dev
 	$(BIN)/python tools/make_docs.py
+	$(BIN)/python tools/make_results.py
 	$(BIN)/mkdocs build --strict
 
 clean:

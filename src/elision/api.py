@@ -28,6 +28,7 @@ def apply(
     profile: Any = None,
     force: bool = False,
     shadow: bool = False,
+    branches: Sequence[str] = (),
     **options: Any,
 ) -> Applied:
     """Turn a cache on; `remove()` on what it returns, or leaving the `with` block, turns it off exactly.
@@ -40,6 +41,8 @@ def apply(
         profile: what `fit` made, or its path; with several methods a mapping from method name.
         force: use a profile although it was made for something else.
         shadow: also compute the true value at every stand-in and report the relative error.
+        branches: names of the guidance branches in the order of their calls within a step, for pipelines that call the
+            denoiser several times a step without `cache_context`, as in `branches=("cond", "uncond")`.
         **options: options of the method, when it is given by name.
 
     Raises:
@@ -66,7 +69,14 @@ def apply(
     families = {m.family for m in made}
     if len(families) > 1:
         raise Conflict(f"methods of different families ({', '.join(sorted(families))}): apply them one by one")
-    settings = {"steps": steps, "cond": cond, "profile": profile, "force": force, "shadow": shadow}
+    settings = {
+        "steps": steps,
+        "cond": cond,
+        "profile": profile,
+        "force": force,
+        "shadow": shadow,
+        "branches": branches,
+    }
     return made[0].attach(target, made, **settings)
 
 
@@ -80,6 +90,10 @@ def fit(target: Any, method: str | Method, *, calls: Sequence[Any], **options: A
             take the target.
         **options: options of the method, when it is given by name.
     """
+    if options and isinstance(method, Method):
+        raise OptionError(f"options {', '.join(options)} beside an option object: put them into the object")
+    if isinstance(calls, (str, dict)):
+        raise OptionError(f"calls={calls!r} is one call: give a list of them")
     made = method if isinstance(method, Method) else create(method, **options)
     if not calls:
         raise OptionError("fit needs at least one call to learn from, got none")

@@ -10,7 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from elision.errors import OptionError, UnknownName
 
@@ -91,11 +92,11 @@ def _check(method: Method, f: dataclasses.Field[Any]) -> None:
             raise OptionError(f"{method.name}: {f.name}={value!r} is not one of {', '.join(map(repr, choices))}")
         return
     bounds = {key: limits.get(key) for key in ("ge", "gt", "le")}
-    if value is None or all(bound is None for bound in bounds.values()):
+    if all(bound is None for bound in bounds.values()) or (value is None and "None" in str(f.type)):
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise OptionError(f"{method.name}: {f.name}={value!r} is not a number")
-    if f.type in ("int", "int | None") and not isinstance(value, int):
+    if f.type in ("int", "int | None") and not isinstance(value, Integral):
         raise OptionError(f"{method.name}: {f.name}={value!r} is not a whole number")
     low_ok = (bounds["ge"] is None or value >= bounds["ge"]) and (bounds["gt"] is None or value > bounds["gt"])
     if not (low_ok and (bounds["le"] is None or value <= bounds["le"])):
@@ -175,8 +176,3 @@ def info(cls: type[Method]) -> MethodInfo:
     return MethodInfo(
         cls.name, cls.family, cls.description, cls.paper, cls.needs_profile, cls.control, tuple(cls.targets())
     )
-
-
-def literal(kind: Any) -> tuple[Any, ...]:
-    """The values of a `Literal` type, for `option(choices=...)`."""
-    return get_args(kind)

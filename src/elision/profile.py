@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from elision.errors import ProfileError, ProfileMismatch
 
 FORMAT = "elision-profile-1"
+UNKNOWN = "unknown"
 _BINDING = ("method", "model", "config", "weights", "scheduler", "scheduler_config", "steps")
 
 
@@ -31,10 +32,12 @@ def config_hash(config: Any) -> str:
 @torch.no_grad()
 def weight_digest(model: nn.Module, per_tensor: int = 64) -> str:
     """A hash of `per_tensor` evenly spaced entries of every parameter, with its name, shape and dtype."""
+    if any(p.device.type == "meta" for p in model.parameters()):
+        return UNKNOWN  # offloaded: the weights are elsewhere
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
         digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
-        if p.device.type != "meta" and p.numel():
+        if p.numel():
             flat = p.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // per_tensor)][:per_tensor]
             digest.update(sample.float().cpu().numpy().tobytes())
@@ -108,14 +111,15 @@ class Profile:
         """Compare with the fingerprint of what it is about to be used on.
 
         Returns the differing fields as sentences; raises `ProfileMismatch` with them unless `force`. Versions and date
-        never differ by this rule, and a number of steps is only compared where both sides have one: a target may not
-        know it yet, and a method may not depend on it.
+        never differ by this rule. Steps and weights are only compared where both sides have them: a target may not know
+        its steps yet, and offloaded weights cannot be read.
         """
         differing = [
             f"{key}: profile {self.fingerprint.get(key)!r}, here {current.get(key)!r}"
             for key in _BINDING
             if self.fingerprint.get(key) != current.get(key)
             and not (key == "steps" and None in (self.fingerprint.get(key), current.get(key)))
+            and not (key == "weights" and UNKNOWN in (self.fingerprint.get(key), current.get(key)))
         ]
         if differing and not force:
             raise ProfileMismatch(

@@ -125,6 +125,8 @@ class Applied(ABC):
         for owner in self._owned:
             _held.pop(owner, None)
         self._finish()
+        self._taps.clear()  # a report that is kept must not keep the target alive
+        self._owned.clear()
 
     def _own(self, owner: Any) -> None:
         """Claim `owner` for this session alone."""

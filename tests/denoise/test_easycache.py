@@ -274,7 +274,8 @@ def test_comfyui_window_and_subsample() -> None:
         with elision.apply(model, "easycache", steps=20, **options) as run:
             euler(model, x0, grid(20))
             seen[str(subsample)] = [s == "reused" for s in run.report().last.states()]
-    assert seen["8"] == [5 <= n < 15 for n in range(20)] == seen["1"]
+    # nothing is remembered from before the window, so two of its steps must be computed before k is known
+    assert seen["8"] == [7 <= n < 15 for n in range(20)] == seen["1"]
     dotted = Network(lambda x, t: torch.where(torch.arange(16) % 8 == 0, torch.zeros(()), x * (1 + 9 * t)))
     with elision.apply(dotted, "easycache", steps=20, variant="comfyui", threshold=0.01, subsample=1) as run:
         euler(dotted, x0 + 3, grid(20))

@@ -21,7 +21,7 @@ from elision.denoise.policy import DenoiseMethod, Host, Plan
 from elision.denoise.report import DenoiseReport, RunRecord, StepRecord, Tally
 from elision.denoise.runtime import HostRuntime
 from elision.denoise.steps import Clock, Context, Step
-from elision.errors import ElisionWarning, OptionError, ProfileError
+from elision.errors import ClockError, ElisionWarning, OptionError, ProfileError
 from elision.hooks.diffusers import (
     Target,
     inspect_target,
@@ -48,6 +48,7 @@ def attach(
     profile: Profile | str | Path | Mapping[str, Profile | str | Path] | None = None,
     force: bool = False,
     shadow: bool = False,
+    branches: Sequence[str] = (),
 ) -> DenoiseApplied:
     """Install methods on a diffusers pipeline or on its denoiser.
 
@@ -60,10 +61,19 @@ def attach(
         profile: what `elision.fit` made, or its path; with several methods a mapping from method name.
         force: use a profile although its fingerprint differs.
         shadow: also compute the true value at every stand-in and report the relative error.
+        branches: names of the guidance branches in the order in which the denoiser is called for them at every step,
+            for pipelines that call it several times without `cache_context`.
     """
     mine = [m for m in methods if isinstance(m, DenoiseMethod)]
     return DenoiseApplied(
-        inspect_target(target), mine, steps=steps, cond=cond, profile=profile, force=force, shadow=shadow
+        inspect_target(target),
+        mine,
+        steps=steps,
+        cond=cond,
+        profile=profile,
+        force=force,
+        shadow=shadow,
+        branches=branches,
     )
 
 
@@ -80,12 +90,15 @@ class DenoiseApplied(Applied):
         profile: Any = None,
         force: bool = False,
         shadow: bool = False,
+        branches: Sequence[str] = (),
     ) -> None:
         super().__init__(methods)
         self.target = target
         self.shadow = shadow
         self.seconds = Seconds()
-        self.clock = Clock(steps)
+        self.clock = Clock(steps, branches)
+        if shadow:
+            self._note("shadow: true values were computed, too; elided figures are what a run without shadow saves")
         if not (cond is None or isinstance(cond, slice)):
             raise OptionError(f"cond={cond!r} is no slice of rows: pass for instance cond=slice(2, None)")
         self._cond = cond
@@ -99,6 +112,7 @@ class DenoiseApplied(Applied):
         self._books: list[FlopBook] = []
         self._sites: Counter[str] = Counter()
         self._displaced: str | None = None
+        self._needs_total = ""
         self._scheduler_taps: list[Tap] = []
         self._zero()
         plans = [self._plan(module, profile, force) for module in target.denoisers]
@@ -125,6 +139,8 @@ class DenoiseApplied(Applied):
                     f"{method.name} must know the number of steps, and a bare {type(model).__name__} cannot tell: "
                     f"pass steps=, as in elision.apply(model, {method.name!r}, steps=28)"
                 )
+            if plan.claims.needs_total:
+                self._needs_total = method.name
             plans.append(plan)
         check([(m.name, plan.claims) for m, plan in zip(self.methods, plans, strict=True)])
         return host, module, plans
@@ -240,10 +256,15 @@ class DenoiseApplied(Applied):
     def _rows(self, x: Tensor, adapter: Adapter) -> slice | None:
         """The conditional rows of a call that carries both guidance branches, None if it carries one."""
         if self._cond is not None:
+            if not range(*self._cond.indices(len(x))):
+                raise OptionError(f"cond={self._cond} selects no row of a batch of {len(x)}")
             return self._cond
         half = len(x) // 2
         named = self.clock.context.name
-        if not adapter.known or len(x) % 2 or named not in ("", "cond_uncond") or not torch.equal(x[:half], x[half:]):
+        if not adapter.known or len(x) % 2 or named not in ("", "cond_uncond"):
+            return None
+        guided = getattr(self.target.pipeline, "do_classifier_free_guidance", True)  # not every pipeline tells
+        if not guided or not torch.equal(x[:half], x[half:]):
             return None
         return slice(half, None) if adapter.batched == "uncond first" else slice(None, half)
 
@@ -265,6 +286,10 @@ class DenoiseApplied(Applied):
         self._run_count += 1
         self._runs.append(self._run)
         if step.total is None:
+            if self._needs_total:
+                raise ClockError(
+                    f"{self._needs_total} must know the number of steps, and nothing tells it in this run: pass steps="
+                )
             return
         for host in self.hosts:
             for group in host.groups:
@@ -294,7 +319,8 @@ class DenoiseApplied(Applied):
 
     def _note_not_finite(self) -> None:
         for host in self.hosts:
-            bad = [(run, n, branch) for run, n, branch, finite in host.finite if not bool(finite)]
+            flags = torch.stack([flag.cpu() for *_, flag in host.finite]).tolist() if host.finite else []
+            bad = [where for (*where, _), finite in zip(host.finite, flags, strict=True) if not finite]
             host.finite.clear()
             if bad:
                 run, n, branch = bad[0]
@@ -370,15 +396,12 @@ class DenoiseApplied(Applied):
         """
         self._open("compile()")
         for host in self.hosts:
-            finest = host.inner_paths
-            taps = [t for t in host.taps if t.owner is not host.outer] if finest else host.taps[:1]
-            done: set[int] = set()
-            for tap in taps:
-                inside = any(
-                    p != q and q.startswith(p + ".") for q in finest for p in finest if host.module(p) is tap.owner
-                )
-                if id(tap.owner) not in done and not inside:
-                    done.add(id(tap.owner))
+            paths = host.inner_paths
+            above = {path[:i] for path in paths for i, letter in enumerate(path) if letter == "."}
+            finest = {id(host.module(path)) for path in paths - above} or {id(host.outer)}
+            for tap in host.taps:
+                if id(tap.owner) in finest:
+                    finest.remove(id(tap.owner))
                     tap.swap_base(lambda inner: torch.compile(inner, **options))
 
     def _zero(self) -> None:
@@ -409,10 +432,18 @@ class DenoiseApplied(Applied):
         if self._displaced is not None and not self._broke_off:
             self._warn(self._displaced)
         self._end_run()
-        if self._run_count == 0:
+        if self._run_count == 0 and self.clock.advanced and not self._broke_off:
+            self._warn(
+                f"the scheduler went on, but {self.target.name}'s denoiser was never called through its taps: it was "
+                "replaced, or compiled as part of something larger, after apply"
+            )
+        elif self._run_count == 0:
             self._note("the target was never called while the method was applied")
         self._final = self._summary()
         self.hosts = []
+        self.target = Target(self.target.name, ())
+        self.clock.scheduler = None
+        self._scheduler_taps = []
 
 
 def _add(totals: dict[str, int], record: StepRecord) -> None:

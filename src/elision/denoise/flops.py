@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elision.denoise.sites import Site
 
+_NO_HOOK = object()
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -76,12 +77,17 @@ def meta_skeleton(model: nn.Module) -> nn.Module | None:
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
     for b in model.buffers():
         memo[id(b)] = torch.empty_like(b, device="meta")
+    for module in model.modules():  # offloading hooks hold whole sets of weights
+        for name in ("_hf_hook", "_diffusers_hook", "_old_forward", "forward"):
+            if name in module.__dict__:
+                memo[id(module.__dict__[name])] = _NO_HOOK
     try:
         skeleton = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError):
         return None  # something in the tree cannot be copied; FLOPs are then unknown
     for module in skeleton.modules():
-        module.__dict__.pop("forward", None)
+        for name in ("_hf_hook", "_diffusers_hook", "_old_forward", "forward"):
+            module.__dict__.pop(name, None)
         for name in _HOOKS:
             module.__dict__[name].clear()
     return skeleton

@@ -135,6 +135,7 @@ class Residual(Predictor):
     def __init__(self, inner: Predictor) -> None:
         self.inner = inner
         self.kind = inner.kind  # type: ignore[misc]
+        self._dtype = torch.float32
 
     def ready(self, step: Step) -> bool:
         """Whether the inner predictor is."""
@@ -142,6 +143,7 @@ class Residual(Predictor):
 
     def observe(self, step: Step, x: Tensor, call: Call, out: Tensor, computed: bool) -> None:
         """Hand the residual to the inner predictor."""
+        self._dtype = out.dtype  # under autocast not that of the input
         mine, _ = common(x, out)
         if mine.shape == out.shape:
             residual = out.detach() - mine.detach()
@@ -155,10 +157,10 @@ class Residual(Predictor):
         residual = self.inner.predict(step, x, call)
         axis = channel_axis(residual)
         if x.shape[axis] >= residual.shape[axis]:
-            return x.narrow(axis, 0, residual.shape[axis]) + residual
+            return (x.narrow(axis, 0, residual.shape[axis]) + residual).to(self._dtype)
         out = residual.clone()
         common(x, out)[1].add_(x)
-        return out
+        return out.to(self._dtype)
 
     def tensors(self) -> Iterable[Tensor]:
         """What the inner predictor keeps."""

@@ -55,8 +55,11 @@ class GroupRuntime:
     def _kept_is_finite(self, step: Step) -> bool:
         """Whether what would stand in is finite: of all branches where they share the decision."""
         mine = [key for key in self._finite if self.schedule.scope == "step" or key[1] == step.branch]
-        for key in mine:
-            self._finite[key] = bool(self._finite[key])
+        open_flags = [flag for key in mine if isinstance(flag := self._finite[key], Tensor)]
+        if open_flags:  # read together, so that one wait for the device serves all branches
+            together = bool(torch.stack(open_flags).all())
+            for key in mine:
+                self._finite[key] = together or bool(self._finite[key])
         return all(self._finite[key] for key in mine)
 
     def decide(self, site: Site, call: Call) -> Decision:
@@ -92,6 +95,7 @@ class SiteRuntime:
     def restart(self) -> None:
         """Forget the predictors of the last run."""
         self.predictors = {}
+        self._forms = {}
         self._visit = self._done = -1
         self._call = None
 
@@ -141,8 +145,9 @@ class SiteRuntime:
             decision = self._begin(path, args, kwargs)
             if self._done == self.host.visit:
                 raise UnsupportedTarget(
-                    f"{path or 'the denoiser'} ran twice in one call (a shared or chunked module), so its output is no "
-                    "single value: turn chunked feed-forward off, or use a method at the site 'model'"
+                    f"{path or 'the denoiser'} ran twice in one call (a shared or chunked module, or gradient "
+                    "checkpointing), so its output is no single value: turn that off, or use a method at the site "
+                    "'model'"
                 )
             self._done = self.host.visit
             call = self._call
@@ -175,6 +180,7 @@ class SiteRuntime:
         entry = host.entries.get(self.site.entry)
         self._call = Call(x, names, args, kwargs, host.module(path), entry, inputs)
         decision = self.group.decide(self.site, self._call)
+        host.renewed |= self.group.schedule.listens  # a criterion may keep something at every step
         if decision.stand_in and not self._ready():
             decision = _NO_HISTORY
             host.tally(self.group.group.name).reasons[decision.reason] += 1
@@ -188,10 +194,10 @@ class SiteRuntime:
         return bool(mine) and all(p.ready(step) for p in mine)
 
     def _form_key(self, kwargs: Kwargs) -> Any:
-        if self.site.level != "model":
-            return None
-        call = self._call
-        return True if call is None else call.get("return_dict", True)
+        branch = self.host.step.branch
+        if self.site.level != "model" or self._call is None:
+            return branch
+        return branch, self._call.get("return_dict", True)
 
     def _compute(self, inner: Inner, args: Args, kwargs: Kwargs, call: Call) -> Any:
         out = inner(*args, **kwargs)

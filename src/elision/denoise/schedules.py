@@ -99,7 +99,11 @@ class Criterion(Schedule):
 
     A step is computed during warm-up and at the tail (the sum starts anew), when the estimate is unknown (the sum is
     untouched), when it is not a finite number, and when the sum reaches the threshold (strictly below stands in).
+    `shared` says whether all guidance branches share the decision, so that only the leading one starts the sum anew.
     """
+
+    listens: ClassVar[bool] = True
+    shared: ClassVar[bool] = True
 
     def __init__(self, threshold: float, warmup: int, tail: int) -> None:
         self.threshold = threshold
@@ -125,6 +129,11 @@ class Criterion(Schedule):
 
     def seen(self, step: Step, call: Call) -> None:
         """Called after every decision, whatever it was."""
+
+    def update(self, step: Step, site: Site, call: Call, out: Tensor, computed: bool) -> None:
+        """A computed step starts the sum anew, also where the engine overruled the decision."""
+        if computed and (step.leads or not self.shared):
+            self.total = 0.0
 
     def decide(self, step: Step, site: Site, call: Call) -> Decision:
         """Compare the accumulated estimate with the threshold."""

@@ -84,12 +84,16 @@ def _length(steps: Any) -> int:
 class Clock:
     """Counts steps from whatever source the call has, and finds where a run begins."""
 
-    def __init__(self, steps: int | Sequence[float] | None = None) -> None:
+    def __init__(self, steps: int | Sequence[float] | None = None, branches: Sequence[str] = ()) -> None:
         self.given = None if steps is None else _length(steps)
+        self.branches = tuple(branches)
+        if isinstance(branches, str) or len(set(self.branches)) != len(self.branches):
+            raise OptionError(f"branches={branches!r} is no list of different names, as in ('cond', 'uncond')")
         self.context = Context()
         self.scheduler: Any = None
         self.cond: slice | None = None
         self.run = -1
+        self.advanced = False  # whether the scheduler ever took a step
         self._fresh = self._late = False
         self._returned = 0
         self.restart()
@@ -127,6 +131,7 @@ class Clock:
     def advance(self) -> None:
         """`scheduler.step` returned."""
         self._late = False
+        self.advanced = True
         self._returned += 1
 
     @property
@@ -164,7 +169,7 @@ class Clock:
         n = self._returned
         if first:
             self._seen = set()
-        elif self.context.name in self._seen:
+        elif self._name() is None:
             self._refuse("in one step (a step ends when scheduler.step returns)")
         i = n + self._begin
         sigma = self._sigmas[i] if i < len(self._sigmas) else None
@@ -212,10 +217,14 @@ class Clock:
             turned = self._direction != 0 and way not in (0, self._direction)
             new = turned or (total is not None and n >= total)
             self._direction = self._direction or way
-        elif same and context.name in self._seen:
+        elif same and self._name() is None:
             assert previous is not None
+            if key is None and total is None:
+                raise ClockError(
+                    "the denoiser is called without a timestep, so steps and runs cannot be told apart: pass steps="
+                )
             done = context.step_index is not None or (total is not None and previous.n + 1 >= total)
-            if key is not None and not done and not (context.name and total is not None):
+            if key is not None and not done and not self.branches and not (context.name and total is not None):
                 self._refuse("at one timestep" if total is not None else "at one timestep without steps=")
             n, new, same = previous.n + 1, done, False
         else:
@@ -234,17 +243,27 @@ class Clock:
         return self._make(n, n, total, t, context.sigma, None), new
 
     def _make(self, n: int, i: int, total: int | None, t: float, sigma: float | None, following: float | None) -> Step:
-        branch = self.context.name
+        branch = self._name() or ""
         self._seen.add(branch)
         if self._leader is None and (not branch.startswith(("uncond", "neg")) or n > 0):
             self._leader = branch
         self._step = Step(n, i, total, t, sigma, following, branch, branch == self._leader, self.cond, self.run)
         return self._step
 
+    def _name(self) -> str | None:
+        """The branch of the coming call: its context's, else the next of `branches`; None if it had its turn."""
+        if self.context.name or not self.branches:
+            return None if self.context.name in self._seen else self.context.name
+        left = self.branches[len(self._seen) :]
+        return left[0] if left else None
+
     def _refuse(self, where: str) -> NoReturn:
         name = self.context.name
+        if self.branches and not name:
+            raise ClockError(f"more than the {len(self.branches)} calls of branches={self.branches!r} {where}")
         what = f"branch {name!r} was called twice {where}" if name else f"a second call {where} has no branch name"
         raise ClockError(
             f"{what}: with guidance in two calls, wrap each in model.cache_context('cond') / ('uncond') "
-            "or in `with run.step('cond'):` / `with run.step('uncond'):`; after a run that broke off call run.reset()"
+            "or in `with run.step('cond'):` / `with run.step('uncond'):`, or say their order, as in "
+            "apply(..., branches=('cond', 'uncond')); after a run that broke off call run.reset()"
         )

@@ -77,8 +77,9 @@ def tappable(scheduler: Any) -> bool:
 
 def is_set_up(scheduler: Any) -> bool:
     """Whether `set_timesteps` was called and, as far as the scheduler can tell, no step was taken since."""
-    started = getattr(scheduler, "step_index", None) is not None
-    return not started and getattr(scheduler, "num_inference_steps", None) is not None
+    if not hasattr(scheduler, "step_index"):
+        return False  # it does not tell whether its run is over
+    return scheduler.step_index is None and getattr(scheduler, "num_inference_steps", None) is not None
 
 
 def tap_cache_context(model: nn.Module, enter: Callable[[str, dict[str, Any]], Callable[[], None]]) -> list[Tap]:

@@ -54,6 +54,10 @@ class _Chain:
         else:
             self.owner.__dict__[self.attribute] = self.previous
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle holds the plain method."""
+        return getattr, (self.owner, self.attribute)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         clone = memo.get(id(self.owner))
         method = getattr(type(self.owner), self.attribute)

@@ -44,8 +44,6 @@ Variant = Literal["official", "comfyui"]
 class _EasyCacheCriterion(Criterion):
     """The accumulated estimate E and the statistics it is made of."""
 
-    listens: ClassVar[bool] = True
-
     def __init__(self, threshold: float, warmup: int, tail: int, every_step: bool = True, subsample: int = 1) -> None:
         super().__init__(threshold, warmup, tail)
         self.every_step = every_step
@@ -78,13 +76,15 @@ class _EasyCacheCriterion(Criterion):
 
     def update(self, step: Step, site: Site, call: Call, out: Tensor, computed: bool) -> None:
         """Renew k, and with it the last computed latent and output."""
+        super().update(step, site, call, out, computed)
         if not (computed and step.leads):
             return
         x, v = common(self._view(call.x, step).detach(), self._view(out, step).detach())
         if self._full is not None:
             moved, changed = mean_abs(x - self._full[0]), mean_abs(v - self._full[1])
             self.k = changed / moved
-        self._norm = mean_abs(v if self.subsample == 1 else common(call.x, out)[1])
+        rows = out if step.cond is None else out[step.cond]
+        self._norm = mean_abs(common(call.x, rows.detach())[1])
         self._full = self._keep(x), self._keep(v)
         self._x_prev = self._full[0]
 
@@ -124,6 +124,10 @@ class EasyCache(DenoiseMethod):
         super().__post_init__()
         if self.start >= self.end:
             raise OptionError(f"easycache: start={self.start:g} must be below end={self.end:g}, or no step is skipped")
+        foreign = ("subsample", "start", "end") if self.variant == "official" else ("warmup_steps", "tail_steps")
+        for name in foreign:
+            if getattr(self, name) != self.options()[name].default:
+                raise OptionError(f"easycache: {name} has no meaning for variant={self.variant!r}; leave it out")
 
     def plan(self, host: Host, profile: Profile | None) -> Plan:
         """One decision per step at the denoiser itself; the residual stands in."""
@@ -150,3 +154,8 @@ class _ComfyCriterion(_EasyCacheCriterion):
         self.warmup = math.ceil(self._window[0] * total)
         self.tail = total - math.ceil(self._window[1] * total)
         return super().decide(step, site, call)
+
+    def update(self, step: Step, site: Site, call: Call, out: Tensor, computed: bool) -> None:
+        """Outside the window nothing is remembered, so its first two steps are computed."""
+        if step.total is None or self.warmup <= step.n < step.total - self.tail:
+            super().update(step, site, call, out, computed)

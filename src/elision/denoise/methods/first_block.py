@@ -2,8 +2,8 @@
 
 Baseline. The idea is ParaAttention's FBCache; the rule here is diffusers' `FirstBlockCacheConfig`: with r the residual
 of the first block's image tokens and r' the one of the last computed call of this guidance branch, the other blocks are
-computed when `mean|r - r'| / mean|r'| > threshold`. There is no warm-up and no forced last step; `max_consecutive`
-(inferred, as in other ports) limits stand-ins in a row.
+computed when `mean|r - r'| / mean|r'| > threshold`. No last step is forced; `warmup_steps` (0 there) and
+`max_consecutive`, a limit of stand-ins in a row, are inferred from other ports.
 """
 
 from __future__ import annotations

@@ -41,6 +41,8 @@ PRESETS: dict[str, tuple[float, ...]] = {
 class _ModulatedChange(Criterion):
     """The accumulated, rescaled change of the first block's modulated input."""
 
+    shared: ClassVar[bool] = False  # every branch has its own
+
     def __init__(self, threshold: float, warmup: int, tail: int, coefficients: Sequence[float], host: Host) -> None:
         super().__init__(threshold, warmup, tail)
         self._rescale = np.poly1d(coefficients)

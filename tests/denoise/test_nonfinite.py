@@ -21,7 +21,7 @@ AT = 3  # the step whose output is spoilt
 # With these settings every criterion method would stand in from step 2 on.
 CRITERIA: list[tuple[str, Options]] = [
     ("easycache", {"threshold": 1e9, "warmup_steps": 4, "tail_steps": 0}),
-    ("easycache", {"threshold": 1e9, "variant": "comfyui", "start": 0.5, "end": 1.0, "subsample": 1}),
+    ("easycache", {"threshold": 1e9, "variant": "comfyui", "start": 0.25, "end": 1.0, "subsample": 1}),
     ("first_block", {"threshold": 1e9, "warmup_steps": 4}),
     ("teacache", {"threshold": 1e9, "warmup_steps": 4, "tail_steps": 0}),
 ]

@@ -97,12 +97,11 @@ class DenoiseApplied(Applied):
         self.shadow = shadow
         self.seconds = Seconds()
         self.clock = Clock(steps, branches)
-        if shadow:
-            self._note("shadow: true values were computed, too; elided figures are what a run without shadow saves")
         if not (cond is None or isinstance(cond, slice)):
             raise OptionError(f"cond={cond!r} is no slice of rows: pass for instance cond=slice(2, None)")
         self._cond = cond
         self._notes: list[str] = []
+        self._lasting: list[str] = []  # notes that outlive a reset
         self.hosts: list[HostRuntime] = []
         self._run: RunRecord | None = None
         self._runs: deque[RunRecord] = deque(maxlen=_DETAILED_RUNS)
@@ -115,6 +114,8 @@ class DenoiseApplied(Applied):
         self._needs_total = ""
         self._scheduler_taps: list[Tap] = []
         self._zero()
+        if shadow:
+            self._lasting.append("shadow: true values were computed, too; elided figures are those of a run without it")
         plans = [self._plan(module, profile, force) for module in target.denoisers]
         try:
             self._install(plans)
@@ -129,7 +130,7 @@ class DenoiseApplied(Applied):
         model = unwrap(module)
         host = Host(model, adapter_for(model), self.target.scheduler)
         if not host.adapter.known:
-            self._note(f"{type(model).__name__} has no adapter: only the site 'model' is available on it")
+            self._lasting.append(f"{type(model).__name__} has no adapter: only the site 'model' is available on it")
         plans: list[Plan] = []
         for method in self.methods:
             assert isinstance(method, DenoiseMethod)
@@ -158,7 +159,7 @@ class DenoiseApplied(Applied):
         loaded = given if isinstance(given, Profile) else Profile.load(given)
         here = fingerprint(method.name, host.model, host.scheduler, self.clock.given)
         for difference in loaded.check(here, force):
-            self._note(f"profile used by force although it differs: {difference}")
+            self._lasting.append(f"profile used by force although it differs: {difference}")
         return loaded
 
     def _install(self, plans: list[tuple[Host, torch.nn.Module, list[Plan]]]) -> None:
@@ -166,8 +167,7 @@ class DenoiseApplied(Applied):
             self._own(host.model)
             groups = [group for plan in mine for group in plan.groups]
             for plan in mine:
-                for note in plan.notes:
-                    self._note(note)
+                self._lasting.extend(plan.notes)
             self.hosts.append(HostRuntime(host, module, groups, self))
         self._books = [runtime.book for runtime in self.hosts]
         for group in (group for runtime in self.hosts for group in runtime.groups):
@@ -360,7 +360,7 @@ class DenoiseApplied(Applied):
         known = [f for f in flops if f is not None]
         if len(known) == len(flops):
             report.flops_computed, report.flops_elided = sum(f[0] for f in known), sum(f[1] for f in known)
-        report.notes = list(self._notes)
+        report.notes = [*self._lasting, *self._notes]
         return report
 
     def _summary(self) -> DenoiseReport:
@@ -417,7 +417,7 @@ class DenoiseApplied(Applied):
         self.seconds.deciding = self.seconds.standing_in = self.seconds.computing = 0.0
         self.clock.reset()
         self.clock.run = -1
-        self._notes = [n for n in self._notes if "no adapter" in n or "by force" in n]
+        self._notes.clear()
         for host in self.hosts:
             host.forget()
             host.book.clear()

@@ -319,7 +319,7 @@ class DenoiseApplied(Applied):
 
     def _note_not_finite(self) -> None:
         for host in self.hosts:
-            flags = torch.stack([flag.cpu() for *_, flag in host.finite]).tolist() if host.finite else []
+            flags = torch.stack([flag for *_, flag in host.finite]).tolist() if host.finite else []
             bad = [where for (*where, _), finite in zip(host.finite, flags, strict=True) if not finite]
             host.finite.clear()
             if bad:

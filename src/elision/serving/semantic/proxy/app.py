@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import TypeVar
 
@@ -133,7 +134,9 @@ class Proxy:
         pool = httpx.Limits(max_connections=limits.connections, max_keepalive_connections=limits.connections)
         # Tried again only where no connection came about: nothing was sent, so nothing can happen twice.
         transport = self._transport or httpx.AsyncHTTPTransport(limits=pool, retries=2)
-        async with httpx.AsyncClient(timeout=timeout, transport=transport, trust_env=False) as client:
+        # No jar: a cookie that the upstream set for one caller must not travel with another one's request.
+        jar = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
+        async with httpx.AsyncClient(timeout=timeout, transport=transport, trust_env=False, cookies=jar) as client:
             self._client = client
             upkeep = asyncio.create_task(self._upkeep())
             try:
@@ -273,6 +276,8 @@ class Proxy:
             self.metrics.request(path, about["x-elision-cache"], reply.status_code, time.perf_counter() - start)
             return reply
         if joined:
+            # What the upstream told the first caller's browser is not for the others.
+            head = head[0], [(name, value) for name, value in head[1] if name != b"set-cookie"]
             about = {**about, "x-elision-reason": "single-flight"}
         self.metrics.request(path, about["x-elision-cache"], head[0], time.perf_counter() - start)
         return Relay(reader, head, about, self.config.limits.client_timeout)

@@ -60,3 +60,29 @@ def test_cookies_of_one_caller_do_not_travel_with_another() -> None:
         client.cookies.clear()
         client.get("/v1/models", headers={"cookie": "own=1"})
     assert [request.headers.get("cookie") for request in upstream.asked] == [None, None, "own=1"]
+
+
+def test_no_path_and_no_host_header_leads_out_of_v1() -> None:
+    upstream = Upstream()
+    with serving(upstream) as client:
+        for path in ("/v1/%2e%2e/metrics", "/v1/x/..%2f..%2fmetrics", "/v1/models/%2e%2e/%2e%2e/metrics"):
+            assert client.get(path).status_code == 400, path
+        assert not upstream.asked
+        client.get("/v1/models/org%2Fname%3Fx?limit=1", headers={"host": "h/metrics?"})
+        client.post(CHAT, json=chat("hello there"), headers={"host": "h/v1/completions?"})
+    assert [str(request.url) for request in upstream.asked] == [
+        "http://up/v1/models/org%2Fname%3Fx?limit=1",
+        f"http://up{CHAT}",
+    ]
+
+
+def test_headers_of_one_connection_and_headers_in_several_lines() -> None:
+    upstream = Upstream()
+    with serving(upstream) as client:
+        headers = [("connection", "x-secret"), ("x-secret", "1"), ("x-list", "a"), ("x-list", "b")]
+        client.get("/v1/models", headers=headers)
+        assert "x-secret" not in upstream.asked[-1].headers
+        assert upstream.asked[-1].headers["x-list"] == "a, b"
+        both = [("cache-control", "max-age=60"), ("cache-control", "no-store")]
+        outcomes = [client.post(CHAT, json=chat("hello there"), headers=both).headers for _ in range(2)]
+    assert [headers["x-elision-cache"] for headers in outcomes] == ["miss", "miss"]

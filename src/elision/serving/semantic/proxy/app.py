@@ -42,6 +42,9 @@ from elision.serving.semantic.proxy.relay import (
     error_reply,
     from_upstream,
     head_of,
+    merged,
+    query_of,
+    raw_path,
     to_upstream,
     upstream_error,
 )
@@ -198,12 +201,12 @@ class Proxy:
             return Response(status_code=499)
         except TooLarge:
             return self._too_large()
-        headers = dict(request.headers)
-        path = request.url.path
-        rest = (path, request.url.query, headers, raw, self.config.rules)
+        headers = merged(request.headers)
+        path = request.scope["path"]
+        rest = (path, query_of(request), headers, raw, self.config.rules)
         # Megabytes of JSON would hold up everybody else on the event loop.
         asked = await self._thread(read, *rest) if len(raw) > _LARGE else read(*rest)
-        job = _Job("POST", self._url(request), to_upstream(headers), raw)
+        job = _Job("POST", self.upstream + path + query_of(request, "?"), to_upstream(headers), raw)
         if isinstance(asked, Bypass):
             return await self._fly(request, job, {"x-elision-cache": "bypass", "x-elision-reason": asked.reason}, start)
         try:
@@ -256,7 +259,7 @@ class Proxy:
         ):
             # Only those who want the same kept for the same time share a flight: the first one's answer is stored.
             key = digest(found.question.fingerprint, asked.delivery, repr(asked.query.ttl))
-        path = request.url.path if request.url.path in (CHAT, COMPLETIONS) else "other"
+        path = request.scope["path"] if request.scope["path"] in (CHAT, COMPLETIONS) else "other"
         reader, joined = self._flights.board(key, lambda flight: self._run(flight, job))
         try:
             head = await head_of(reader, request)
@@ -371,7 +374,11 @@ class Proxy:
             return Response(status_code=499)
         except TooLarge:
             return self._too_large()
-        job = _Job(request.method, self._url(request), to_upstream(dict(request.headers)), raw)
+        path = raw_path(request)
+        if path is None:
+            return error_reply(400, "bad_path", "the path steps out of /v1")
+        url = self.upstream + path + query_of(request, "?")
+        job = _Job(request.method, url, to_upstream(merged(request.headers)), raw)
         return await self._fly(request, job, {"x-elision-cache": "bypass", "x-elision-reason": "not-cached"}, start)
 
     async def _body(self, request: Request) -> bytes:
@@ -389,10 +396,6 @@ class Proxy:
             413, "too_large", f"the request is larger than {most} bytes; raise limits.body if it must pass"
         )
 
-    def _url(self, request: Request) -> str:
-        query = f"?{request.url.query}" if request.url.query else ""
-        return self.upstream + request.url.path + query
-
     async def _report(self, request: Request) -> Response:
         """A caller reports a false hit by the id in `x-elision-entry`; only an entry of its own."""
         try:
@@ -400,7 +403,7 @@ class Proxy:
         except (ClientDisconnect, TooLarge):
             return self._too_large()
         id = raw.decode("utf-8", "replace").strip().strip('"')
-        tenant = tenant_of(dict(request.headers), self.config.rules)
+        tenant = tenant_of(merged(request.headers), self.config.rules)
         try:
             known = await self._thread(lambda: self.cache.report(id, tenant=tenant))
         except StoreUnavailable as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from hashlib import sha256
 from typing import Any
 
 import httpx
@@ -27,7 +28,7 @@ class Upstream:
 
     def __init__(self, **choice: object) -> None:
         self.asked: list[httpx.Request] = []
-        self.choice, self.headers = choice, {"set-cookie": "session=first; Path=/"}
+        self.choice, self.headers = choice, dict[str, str]()
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         self.asked.append(request)
@@ -53,6 +54,7 @@ def chat(text: object, **fields: object) -> dict[str, Any]:
 
 def test_cookies_of_one_caller_do_not_travel_with_another() -> None:
     upstream = Upstream()
+    upstream.headers["set-cookie"] = "session=first; Path=/"
     with serving(upstream) as client:
         for key in ("a", "b"):
             client.cookies.clear()
@@ -86,3 +88,64 @@ def test_headers_of_one_connection_and_headers_in_several_lines() -> None:
         both = [("cache-control", "max-age=60"), ("cache-control", "no-store")]
         outcomes = [client.post(CHAT, json=chat("hello there"), headers=both).headers for _ in range(2)]
     assert [headers["x-elision-cache"] for headers in outcomes] == ["miss", "miss"]
+
+
+def asked(client: TestClient, body: dict[str, Any], path: str = CHAT, **headers: str) -> str:
+    reply = client.post(
+        path, content=json.dumps(body), headers={name.replace("_", "-"): value for name, value in headers.items()}
+    )
+    assert reply.status_code == 200, reply.text
+    return f"{reply.headers['x-elision-cache']} {reply.headers['x-elision-reason']}"
+
+
+def test_every_credential_separates_tenants() -> None:
+    same = {"authorization": "Bearer dummy"}
+    variants = [{}, {"api_key": "a"}, {"api_key": "b"}, {"x_api_key": "a"}, {"api_key": "a", "x_api_key": "a"}]
+    variants += [{"x_forwarded_user": "ann"}, {"x_employee": "7"}]
+    with serving(Upstream(), rules={"key_headers": ["X-Employee"]}) as client:
+        first = [asked(client, chat("hello there"), **same, **more) for more in variants]
+        again = [asked(client, chat("hello there"), **same, **more) for more in variants]
+        sessions = [asked(client, chat("hello there"), cookie=f"s={n}") for n in (1, 2, 1)]
+        with_key = asked(client, chat("hello there"), **same, cookie="balancer=3")
+    assert first == ["miss no-entry"] * len(variants)
+    assert again == ["hit exact"] * len(variants)
+    assert sessions == ["miss no-entry", "miss no-entry", "hit exact"]
+    assert with_key == "hit exact"
+
+
+def test_white_space_at_the_end_of_a_completion_prompt_separates() -> None:
+    with serving(Upstream()) as client:
+        prompts = ["def f(x):", "def f(x):\n    ", "def f(x):\n", " def f(x):"]
+        for expected in ("miss no-entry", "hit exact"):
+            for prompt in prompts:
+                assert asked(client, {"model": "m", "prompt": prompt}, "/v1/completions") == expected, repr(prompt)
+
+
+def test_what_stands_beside_a_part_of_text_separates() -> None:
+    part = {"type": "text", "text": "hello there"}
+    with serving(Upstream()) as client:
+        assert asked(client, chat("hello there")) == "miss no-entry"
+        assert asked(client, chat([part])) == "hit exact"
+        assert asked(client, chat([{**part, "document": "annex 1"}])) == "miss no-entry"
+        assert asked(client, chat([{**part, "document": "annex 2"}])) == "miss no-entry"
+
+
+def test_ambiguous_and_unprintable_requests_pass_and_break_no_list() -> None:
+    with serving(Upstream(), admin={"tokens": [{"sha256": sha256(b"t" * 16).hexdigest()}]}) as client:
+        assert asked(client, chat("hello there")) == "miss no-entry"
+        twice = json.dumps(chat("hello there"))[:-1] + ', "messages": [{"role": "user", "content": "other"}]}'
+        reply = client.post(CHAT, content=twice)
+        assert (reply.headers["x-elision-cache"], reply.headers["x-elision-reason"]) == ("bypass", "malformed")
+        assert asked(client, chat("half \ud800 a character")) == "bypass malformed"
+        assert asked(client, {**chat("hello"), "model": "m\ud800"}) == "bypass malformed"
+        assert asked(client, {**chat("hello"), "model": "m" * 300}) == "bypass malformed"
+        admin = {"authorization": "Bearer " + "t" * 16}
+        for path in ("/metrics", "/admin/stats", "/admin/entries"):
+            assert client.get(path, headers=admin).status_code == 200, path
+
+
+def test_an_answer_that_may_live_for_no_time_is_not_stored() -> None:
+    with serving(Upstream()) as client:
+        for headers in ({"x_elision_ttl": "0"}, {"cache_control": "s-maxage=0"}):
+            assert asked(client, chat("hello there"), **headers) == "miss no-entry"
+        assert asked(client, chat("hello there")) == "miss no-entry"

@@ -7,11 +7,13 @@ import json
 from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any
+from urllib.parse import quote, unquote
 
 import httpx
 from starlette.testclient import TestClient
 
 from elision.serving.semantic.config import ServeConfig
+from elision.serving.semantic.embed import EndpointEncoder, HashEncoder
 from elision.serving.semantic.policies import checked
 from elision.serving.semantic.proxy.app import Proxy
 
@@ -149,3 +151,41 @@ def test_an_answer_that_may_live_for_no_time_is_not_stored() -> None:
         for headers in ({"x_elision_ttl": "0"}, {"cache_control": "s-maxage=0"}):
             assert asked(client, chat("hello there"), **headers) == "miss no-entry"
         assert asked(client, chat("hello there")) == "miss no-entry"
+
+
+def test_a_category_may_be_named_in_any_script() -> None:
+    name = "\u6599\u7406, 100 %\n"
+    with serving(Upstream(), categories={name: {}}) as client:
+        reply = client.post(CHAT, json=chat("hello there"), headers={"x-elision-category": quote(name)})
+        assert unquote(reply.headers["x-elision-category"]) == name
+        assert asked(client, chat("hello there"), x_elision_category=quote(name)) == "hit exact"
+        assert asked(client, chat("hello there")) == "miss no-entry"
+
+
+def test_only_if_cached_never_asks_the_upstream() -> None:
+    upstream = Upstream()
+    with serving(upstream) as client:
+        for body in (chat("hello there"), chat("hello there", n=2)):
+            assert client.post(CHAT, json=body, headers={"cache-control": "only-if-cached"}).status_code == 504
+    assert not upstream.asked
+
+
+def test_a_choice_that_says_more_is_not_stored() -> None:
+    for more, stored in ({"token_ids": [1]}, False), ({"stop_reason": "END"}, False), ({"stop_reason": 2}, True):
+        with serving(Upstream(**more)) as client:
+            asked(client, chat("hello there"))
+            assert asked(client, chat("hello there")) == ("hit exact" if stored else "miss no-entry"), more
+
+
+def test_encoders_read_the_beginning_of_a_long_text_only() -> None:
+    sent: list[str] = []
+
+    def endpoint(request: httpx.Request) -> httpx.Response:
+        sent.extend(json.loads(request.content)["input"])
+        return httpx.Response(200, json={"data": [{"index": 0, "embedding": [1.0] * 8}]})
+
+    EndpointEncoder("http://e", "m", 8, max_chars=50, transport=httpx.MockTransport(endpoint))(["x" * 99])
+    assert sent == ["x" * 50]
+    encode = HashEncoder()
+    long = "word " * 2000
+    assert (encode([long])[0] == encode([long + "other " * 9])[0]).all()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import string
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import quote
 
 import httpx
 from starlette.applications import Starlette
@@ -48,7 +50,7 @@ from elision.serving.semantic.proxy.relay import (
     to_upstream,
     upstream_error,
 )
-from elision.serving.semantic.proxy.requests import CHAT, COMPLETIONS, Asked, Bypass, read, tenant_of
+from elision.serving.semantic.proxy.requests import CHAT, COMPLETIONS, Asked, Bypass, cache_control, read, tenant_of
 from elision.serving.semantic.sqlite_store import SQLiteStore
 from elision.serving.semantic.store import Answer
 from elision.serving.semantic.types import Lookup, Question
@@ -208,6 +210,9 @@ class Proxy:
         asked = await self._thread(read, *rest) if len(raw) > _LARGE else read(*rest)
         job = _Job("POST", self.upstream + path + query_of(request, "?"), to_upstream(headers), raw)
         if isinstance(asked, Bypass):
+            if cache_control(headers.get("cache-control", "")).only_if_cached:
+                about = {"x-elision-cache": "bypass", "x-elision-reason": asked.reason}
+                return error_reply(504, "only_if_cached", "such requests are never cached", about)
             return await self._fly(request, job, {"x-elision-cache": "bypass", "x-elision-reason": asked.reason}, start)
         try:
             found = await self._look_up(asked)
@@ -433,7 +438,8 @@ def _about(found: Lookup) -> dict[str, str]:
     about = {
         "x-elision-cache": {"hit": "hit", "miss": "miss", "skip": "bypass"}[found.status],
         "x-elision-reason": found.reason,
-        "x-elision-category": found.category,
+        # A header is Latin-1 without line ends; a category is named as somebody pleased.
+        "x-elision-category": quote(found.category, safe=string.punctuation.replace("%", "") + " "),
     }
     if found.score is not None:
         about["x-elision-score"] = f"{found.score:.4f}"

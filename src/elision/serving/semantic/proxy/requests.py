@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
+from urllib.parse import unquote
 
 from elision.errors import OptionError
 from elision.serving.semantic.keys import Partition, Query, canonical, digest
@@ -100,7 +101,7 @@ class Bypass:
 
 
 def tenant_of(headers: Mapping[str, str], rules: Rules) -> str:
-    """The tenant: a hash of the credentials, subdivided by the tenant header; or only that header where it is trusted."""
+    """The tenant: a hash of the credentials, subdivided by the tenant header; or that alone where it is trusted."""
     named = headers.get(TENANT_HEADER, "").strip()
     if rules.trust_tenant_header and named:
         return f"name:{named}"
@@ -250,7 +251,7 @@ def _asked(
     query = Query(
         text=text,
         partition=Partition(tenant_of(headers, rules), body["model"], scope),
-        category=headers.get(CATEGORY_HEADER),
+        category=unquote(headers[CATEGORY_HEADER]) if CATEGORY_HEADER in headers else None,
         lookup=control.lookup,
         store=control.store and ttl != 0,
         max_age=control.max_age,

@@ -48,13 +48,24 @@ class SQLiteStore:
         self._lock = threading.Lock()
         self._read_lock = threading.Lock()
         if self.path != ":memory:":
-            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+            self._prepare(Path(self.path))
         self._db = self._open(synchronous, timeout)
         self._run(self._lock, lambda: self._db.executescript(_SCHEMA))
         # A second connection: in WAL mode a read never waits for a write. A memory database has only the one.
         self._reader = self._db if self.path == ":memory:" else self._open(synchronous, timeout)
         if self._reader is self._db:
             self._read_lock = self._lock
+
+    def _prepare(self, path: Path) -> None:
+        """Makes folder and file; only their owner may read what people asked."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                path.touch(mode=0o600)
+        except OSError as error:
+            raise StoreUnavailable(
+                f"cannot open {path}: {error}; check the path, its rights and the free space"
+            ) from error
 
     def _open(self, synchronous: str, timeout: float) -> sqlite3.Connection:
         try:

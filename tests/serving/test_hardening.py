@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections.abc import Iterator
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
 import httpx
+import numpy as np
+import pytest
 from starlette.testclient import TestClient
 
+from elision.errors import StoreUnavailable
+from elision.serving.semantic import Answer, Partition, Policies, Query, SemanticCache, SQLiteStore
 from elision.serving.semantic.config import ServeConfig
 from elision.serving.semantic.embed import EndpointEncoder, HashEncoder
+from elision.serving.semantic.index import IndexOptions, VectorIndex
 from elision.serving.semantic.policies import checked
 from elision.serving.semantic.proxy.app import Proxy
+
+from .conftest import FakeClock
 
 CONFIG: dict[str, Any] = {
     "default": {"threshold": 0.9, "ttl": 3600},
@@ -189,3 +198,36 @@ def test_encoders_read_the_beginning_of_a_long_text_only() -> None:
     encode = HashEncoder()
     long = "word " * 2000
     assert (encode([long])[0] == encode([long + "other " * 9])[0]).all()
+
+
+def test_an_entry_from_the_future_is_no_hit_and_stays() -> None:
+    clock = FakeClock()
+    cache = SemanticCache(HashEncoder(), policies=Policies.parse({"default": {"ttl": 60}}), clock=clock)
+    query = Query("hello there", Partition("t", "m"))
+    assert cache.insert(query, Answer("x")).stored
+    for back, reason in ((30, "exact"), (1000, "clock-skew")):
+        clock.tick(-back)
+        assert cache.lookup(query).reason == reason
+        clock.tick(back)
+    assert cache.lookup(query).reason == "exact"
+
+
+def test_an_insertion_does_not_wait_for_a_background_build() -> None:
+    index = VectorIndex(8, IndexOptions(promote=4))
+    vectors = np.eye(8, dtype=np.float32)
+    with index._build_lock:
+        for slot in range(8):
+            thread = threading.Thread(target=index.add, args=(slot, vectors[slot]), daemon=True)
+            thread.start()
+            thread.join(5)
+            assert not thread.is_alive()
+    assert index.build()
+    assert [index.search(vectors[slot], 1)[0][0] for slot in range(8)] == list(range(8))
+
+
+def test_the_file_of_answers_is_for_its_owner_only(tmp_path: Path) -> None:
+    SQLiteStore(tmp_path / "new" / "cache.db").close()
+    assert (tmp_path / "new" / "cache.db").stat().st_mode & 0o077 == 0
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreUnavailable, match="cannot open"):
+        SQLiteStore(tmp_path / "file" / "cache.db")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +24,7 @@ from elision.serving.semantic.config import ServeConfig
 from elision.serving.semantic.embed import EndpointEncoder, HashEncoder
 from elision.serving.semantic.index import IndexOptions, VectorIndex
 from elision.serving.semantic.policies import checked
+from elision.serving.semantic.proxy.admin import Grant
 from elision.serving.semantic.proxy.app import Proxy
 
 from .conftest import FakeClock
@@ -231,3 +234,45 @@ def test_the_file_of_answers_is_for_its_owner_only(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StoreUnavailable, match="cannot open"):
         SQLiteStore(tmp_path / "file" / "cache.db")
+
+
+def test_an_upstream_may_forbid_storing() -> None:
+    upstream = Upstream()
+    upstream.headers["cache-control"] = "private, no-store"
+    with serving(upstream) as client:
+        assert [asked(client, chat("hello there")) for _ in range(2)] == ["miss no-entry"] * 2
+        del upstream.headers["cache-control"]
+        assert [asked(client, chat("hello there")) for _ in range(2)] == ["miss no-entry", "hit exact"]
+
+
+def test_idle_models_add_no_rows_and_half_a_character_can_be_inspected() -> None:
+    upstream = Upstream(message={"role": "assistant", "content": "half \ud800"})
+    with serving(upstream, admin={"tokens": [{"sha256": sha256(b"t" * 16).hexdigest()}]}) as client:
+        for n in range(3):
+            asked(client, {**chat("hello there"), "model": f"made-up-{n}"})
+        assert 'elision_threshold{category="default",model="made-up' not in client.get("/metrics").text
+        id = client.post(CHAT, json=chat("hello there", model="made-up-0")).headers["x-elision-entry"]
+        reply = client.get(f"/admin/entries/{id}", headers={"authorization": "Bearer " + "t" * 16})
+        assert (reply.status_code, reply.json()["answer"]) == (200, "half \ud800")
+
+
+def test_two_policy_changes_at_once_both_stay() -> None:
+    settings = checked(ServeConfig, {**CONFIG, "categories": {"a": {}, "b": {}}}, "config")
+    proxy = Proxy("http://up", settings, grants=[Grant(sha256(b"t").digest(), None)])
+    plain = proxy.cache.set_policies
+
+    def slowly(policies: Policies) -> None:
+        time.sleep(0.05)
+        plain(policies)
+
+    proxy.cache.set_policies = slowly  # type: ignore[method-assign]
+
+    async def both() -> None:
+        transport = httpx.ASGITransport(app=proxy.app)
+        headers = {"authorization": "Bearer t"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://p", headers=headers) as client:
+            changes = (client.patch(f"/admin/policies/{name}", json={"threshold": 0.95}) for name in "ab")
+            assert [reply.status_code for reply in await asyncio.gather(*changes)] == [200, 200]
+
+    asyncio.run(both())
+    assert [proxy.cache.policies.of(name).threshold for name in "ab"] == [0.95, 0.95]

@@ -303,6 +303,7 @@ class Proxy:
             try:
                 await flight.began(from_upstream(response))
                 plain = response.status_code == 200 and "content-encoding" not in response.headers
+                plain = plain and cache_control(response.headers.get("cache-control", "")).store
                 if job.asked is None or job.found is None or not job.found.admissible or not plain:
                     async for chunk in response.aiter_raw():
                         await flight.push(chunk)

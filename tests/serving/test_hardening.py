@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from elision.errors import StoreUnavailable
+from elision.errors import OptionError, StoreUnavailable
 from elision.serving.semantic import Answer, Partition, Policies, Query, SemanticCache, SQLiteStore
 from elision.serving.semantic.config import ServeConfig
 from elision.serving.semantic.embed import EndpointEncoder, HashEncoder
@@ -276,3 +276,15 @@ def test_two_policy_changes_at_once_both_stay() -> None:
 
     asyncio.run(both())
     assert [proxy.cache.policies.of(name).threshold for name in "ab"] == [0.95, 0.95]
+
+
+def test_the_check_finds_what_the_start_would(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    for text, complaint in (
+        ("categories:\n  code: {ttl: 1h}\n  code: {ttl: 2h}\n", "'code' is given twice.*\n.*line 3"),
+        ('store: {url: "foo:x"}', "store.url = 'foo:x'.*sqlite:PATH"),
+        ("classifier: {examples: {code: []}}\ncategories: {code: {}}", "classifier.examples.code"),
+    ):
+        path.write_text(text)
+        with pytest.raises(OptionError, match=complaint):
+            ServeConfig.read(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -288,3 +289,16 @@ def test_the_check_finds_what_the_start_would(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(OptionError, match=complaint):
             ServeConfig.read(path)
+
+
+def test_a_damaged_row_does_not_keep_out_the_others(tmp_path: Path) -> None:
+    query = Query("hello there", Partition("t", "m"))
+    with contextlib.closing(SemanticCache(HashEncoder(), store=SQLiteStore(tmp_path / "c.db"))) as cache:
+        assert cache.insert(query, Answer("x")).stored
+    with contextlib.closing(sqlite3.connect(tmp_path / "c.db")) as db, db:
+        db.execute("INSERT INTO entries VALUES ('old', '[1, 2]', x'00', '{}')")
+    with contextlib.closing(SemanticCache(HashEncoder(), store=SQLiteStore(tmp_path / "c.db"))) as cache:
+        assert (len(cache), cache.lookup(query).reason) == (1, "exact")
+        with contextlib.closing(sqlite3.connect(tmp_path / "c.db")) as db, db:
+            db.execute("UPDATE entries SET answer = '{'")
+        assert cache.lookup(query).status == "miss"

@@ -130,7 +130,7 @@ class SQLiteStore:
         row = self._run(
             self._read_lock, lambda: self._reader.execute("SELECT answer FROM entries WHERE id = ?", (id,)).fetchone()
         )
-        return None if row is None else Answer.parse(row[0])
+        return None if row is None else Answer.read(row[0])
 
     def delete(self, ids: Iterable[str]) -> None:
         """See `Store.delete`."""
@@ -151,8 +151,8 @@ class SQLiteStore:
             return
         for id in ids:
             row = self._run(self._read_lock, lambda key=id: self._row(key))  # type: ignore[misc]
-            if row is not None:
-                yield Record.parse(*row)
+            if row is not None and (record := Record.read(*row)) is not None:
+                yield record
 
     def _row(self, id: str) -> tuple[str, str, bytes] | None:
         row: tuple[str, str, bytes] | None = self._reader.execute(
@@ -164,8 +164,7 @@ class SQLiteStore:
         after = ""
         while True:
             rows = self._run(self._read_lock, lambda start=after: self._page(start))  # type: ignore[misc]
-            for row in rows:
-                yield Record.parse(*row)
+            yield from (record for row in rows if (record := Record.read(*row)) is not None)
             if len(rows) < _BATCH:
                 return
             after = rows[-1][0]

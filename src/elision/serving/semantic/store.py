@@ -9,6 +9,7 @@ by which several processes that share it learn of each other's entries.
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,8 @@ import numpy as np
 
 from elision.serving.semantic.index import Vector
 from elision.serving.semantic.keys import Partition
+
+log = logging.getLogger("elision.serve")
 
 
 def new_id() -> str:
@@ -44,6 +47,15 @@ class Answer:
     def dump(self) -> str:
         """As JSON text."""
         return json.dumps(asdict(self))  # ASCII: lone surrogates from a model survive
+
+    @classmethod
+    def read(cls, text: str) -> Answer | None:
+        """As `parse`; `None` for a text that is no answer, which is then as good as gone."""
+        try:
+            return cls.parse(text)
+        except (ValueError, TypeError):
+            log.warning("a stored answer cannot be read and counts as gone")
+            return None
 
     @classmethod
     def parse(cls, text: str) -> Answer:
@@ -96,6 +108,15 @@ class Record:
         array = None if not vector else np.frombuffer(vector, np.float32)
         partition = Partition(tenant, model, scope)
         return cls(id, fp, partition, category, text, created_at, ttl, route, encoder, revision, cost, array)
+
+    @classmethod
+    def read(cls, id: str, header: str, vector: bytes | None) -> Record | None:
+        """As `parse`; `None` for a row that is damaged or of another version, which must not keep out the others."""
+        try:
+            return cls.parse(id, header, vector)
+        except (ValueError, TypeError):
+            log.warning("entry %s cannot be read and is left out", id)
+            return None
 
     def vector_bytes(self) -> bytes:
         """The vector as float32 bytes; empty for none."""

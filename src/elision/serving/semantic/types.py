@@ -46,7 +46,8 @@ class Lookup:
     Attributes:
         status: "hit", "miss" (looked and found nothing), or "skip" (did not look).
         reason: "exact", "semantic", "below-threshold", "no-entry", "expired", "verifier:<rule>", "too-old", "too-long",
-            "category-off", "no-cache", "does-not-pay", "warming", "store-unavailable", "embedding-failed".
+            "clock-skew", "category-off", "no-cache", "does-not-pay", "warming", "store-unavailable",
+            "embedding-failed".
         question: the question, with its category.
         score: best cosine similarity seen; 1 for an exact hit; `None` without a search.
         threshold: τ_eff of this lookup, or `None`.

@@ -85,6 +85,7 @@ class Admin:
 
     def __init__(self, cache: SemanticCache, metrics: Metrics, grants: Sequence[Grant]) -> None:
         self.cache, self.metrics, self.grants = cache, metrics, tuple(grants)
+        self._changing = asyncio.Lock()
 
     def routes(self) -> list[Route]:
         """The routes to mount."""
@@ -123,9 +124,11 @@ class Admin:
         if meta is None:
             return _absent()
         answer = await asyncio.to_thread(self.cache.answer, id, tenant=grant.tenant)
-        return (
-            _absent() if answer is None else JSONResponse({**_row(meta), "answer": answer.text, "usage": answer.usage})
-        )
+        if answer is None:
+            return _absent()
+        # In ASCII: a model may have said half a character.
+        body = json.dumps({**_row(meta), "answer": answer.text, "usage": answer.usage})
+        return Response(body, media_type="application/json")
 
     async def _delete(self, request: Request, grant: Grant) -> Response:
         gone = await asyncio.to_thread(self.cache.delete, request.path_params["id"], tenant=grant.tenant)
@@ -161,10 +164,11 @@ class Admin:
         category = request.path_params["category"]
         if not isinstance(changes, dict):
             raise OptionError(f"the body must be an object of policy fields, not {type(changes).__name__}")
-        policies = self.cache.policies
-        if category not in policies.names():
-            raise OptionError(f"category {category!r} is unknown; known: {', '.join(policies.names())}")
-        await asyncio.to_thread(self.cache.set_policies, policies.changed(category, changes))
+        async with self._changing:  # of two changes at once, neither may undo the other
+            policies = self.cache.policies
+            if category not in policies.names():
+                raise OptionError(f"category {category!r} is unknown; known: {', '.join(policies.names())}")
+            await asyncio.to_thread(self.cache.set_policies, policies.changed(category, changes))
         return JSONResponse(_policy(self.cache.policies.of(category)))
 
     async def _stats(self, request: Request, grant: Grant) -> Response:

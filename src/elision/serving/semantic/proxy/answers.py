@@ -34,6 +34,11 @@ _ENVELOPE = frozenset(
         "prompt_filter_results",
     )
 )
+# The same around a choice; a stop reason only where it is a token: a text is the caller's own stop, told on request.
+_CHOICE = frozenset(
+    ("index", "message", "delta", "text", "finish_reason", "logprobs", "content_filter_results", "native_finish_reason")
+)
+_STOPPED = frozenset(("stop_reason", "matched_stop"))
 _PIECE = re.compile(r"\S+\s*|\s+")
 
 
@@ -89,6 +94,9 @@ class Collected:
         message = choice.get(holder) if holder else {"content": choice.get("text")}
         if choice.get("logprobs") or not isinstance(message, dict):
             raise Unstorable("unknown-form")
+        for name, value in choice.items():
+            if value and name not in _CHOICE and not (name in _STOPPED and isinstance(value, int)):
+                raise Unstorable(f"field:{name}"[:64])
         for name, value in message.items():
             if name == "role" or value is None or value == []:
                 continue

@@ -11,12 +11,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import string
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import quote
 
 import httpx
 from starlette.applications import Starlette
@@ -41,10 +44,13 @@ from elision.serving.semantic.proxy.relay import (
     error_reply,
     from_upstream,
     head_of,
+    merged,
+    query_of,
+    raw_path,
     to_upstream,
     upstream_error,
 )
-from elision.serving.semantic.proxy.requests import CHAT, COMPLETIONS, Asked, Bypass, read, tenant_of
+from elision.serving.semantic.proxy.requests import CHAT, COMPLETIONS, Asked, Bypass, cache_control, read, tenant_of
 from elision.serving.semantic.sqlite_store import SQLiteStore
 from elision.serving.semantic.store import Answer
 from elision.serving.semantic.types import Lookup, Question
@@ -133,7 +139,9 @@ class Proxy:
         pool = httpx.Limits(max_connections=limits.connections, max_keepalive_connections=limits.connections)
         # Tried again only where no connection came about: nothing was sent, so nothing can happen twice.
         transport = self._transport or httpx.AsyncHTTPTransport(limits=pool, retries=2)
-        async with httpx.AsyncClient(timeout=timeout, transport=transport, trust_env=False) as client:
+        # No jar: a cookie that the upstream set for one caller must not travel with another one's request.
+        jar = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
+        async with httpx.AsyncClient(timeout=timeout, transport=transport, trust_env=False, cookies=jar) as client:
             self._client = client
             upkeep = asyncio.create_task(self._upkeep())
             try:
@@ -195,13 +203,16 @@ class Proxy:
             return Response(status_code=499)
         except TooLarge:
             return self._too_large()
-        headers = dict(request.headers)
-        path = request.url.path
-        rest = (path, request.url.query, headers, raw, self.config.rules)
+        headers = merged(request.headers)
+        path = request.scope["path"]
+        rest = (path, query_of(request), headers, raw, self.config.rules)
         # Megabytes of JSON would hold up everybody else on the event loop.
         asked = await self._thread(read, *rest) if len(raw) > _LARGE else read(*rest)
-        job = _Job("POST", self._url(request), to_upstream(headers), raw)
+        job = _Job("POST", self.upstream + path + query_of(request, "?"), to_upstream(headers), raw)
         if isinstance(asked, Bypass):
+            if cache_control(headers.get("cache-control", "")).only_if_cached:
+                about = {"x-elision-cache": "bypass", "x-elision-reason": asked.reason}
+                return error_reply(504, "only_if_cached", "such requests are never cached", about)
             return await self._fly(request, job, {"x-elision-cache": "bypass", "x-elision-reason": asked.reason}, start)
         try:
             found = await self._look_up(asked)
@@ -253,7 +264,7 @@ class Proxy:
         ):
             # Only those who want the same kept for the same time share a flight: the first one's answer is stored.
             key = digest(found.question.fingerprint, asked.delivery, repr(asked.query.ttl))
-        path = request.url.path if request.url.path in (CHAT, COMPLETIONS) else "other"
+        path = request.scope["path"] if request.scope["path"] in (CHAT, COMPLETIONS) else "other"
         reader, joined = self._flights.board(key, lambda flight: self._run(flight, job))
         try:
             head = await head_of(reader, request)
@@ -273,6 +284,8 @@ class Proxy:
             self.metrics.request(path, about["x-elision-cache"], reply.status_code, time.perf_counter() - start)
             return reply
         if joined:
+            # What the upstream told the first caller's browser is not for the others.
+            head = head[0], [(name, value) for name, value in head[1] if name != b"set-cookie"]
             about = {**about, "x-elision-reason": "single-flight"}
         self.metrics.request(path, about["x-elision-cache"], head[0], time.perf_counter() - start)
         return Relay(reader, head, about, self.config.limits.client_timeout)
@@ -290,6 +303,7 @@ class Proxy:
             try:
                 await flight.began(from_upstream(response))
                 plain = response.status_code == 200 and "content-encoding" not in response.headers
+                plain = plain and cache_control(response.headers.get("cache-control", "")).store
                 if job.asked is None or job.found is None or not job.found.admissible or not plain:
                     async for chunk in response.aiter_raw():
                         await flight.push(chunk)
@@ -366,7 +380,11 @@ class Proxy:
             return Response(status_code=499)
         except TooLarge:
             return self._too_large()
-        job = _Job(request.method, self._url(request), to_upstream(dict(request.headers)), raw)
+        path = raw_path(request)
+        if path is None:
+            return error_reply(400, "bad_path", "the path steps out of /v1")
+        url = self.upstream + path + query_of(request, "?")
+        job = _Job(request.method, url, to_upstream(merged(request.headers)), raw)
         return await self._fly(request, job, {"x-elision-cache": "bypass", "x-elision-reason": "not-cached"}, start)
 
     async def _body(self, request: Request) -> bytes:
@@ -384,10 +402,6 @@ class Proxy:
             413, "too_large", f"the request is larger than {most} bytes; raise limits.body if it must pass"
         )
 
-    def _url(self, request: Request) -> str:
-        query = f"?{request.url.query}" if request.url.query else ""
-        return self.upstream + request.url.path + query
-
     async def _report(self, request: Request) -> Response:
         """A caller reports a false hit by the id in `x-elision-entry`; only an entry of its own."""
         try:
@@ -395,7 +409,7 @@ class Proxy:
         except (ClientDisconnect, TooLarge):
             return self._too_large()
         id = raw.decode("utf-8", "replace").strip().strip('"')
-        tenant = tenant_of(dict(request.headers), self.config.rules)
+        tenant = tenant_of(merged(request.headers), self.config.rules)
         try:
             known = await self._thread(lambda: self.cache.report(id, tenant=tenant))
         except StoreUnavailable as error:
@@ -425,7 +439,8 @@ def _about(found: Lookup) -> dict[str, str]:
     about = {
         "x-elision-cache": {"hit": "hit", "miss": "miss", "skip": "bypass"}[found.status],
         "x-elision-reason": found.reason,
-        "x-elision-category": found.category,
+        # A header is Latin-1 without line ends; a category is named as somebody pleased.
+        "x-elision-category": quote(found.category, safe=string.punctuation.replace("%", "") + " "),
     }
     if found.score is not None:
         about["x-elision-score"] = f"{found.score:.4f}"

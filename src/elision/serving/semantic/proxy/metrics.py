@@ -100,7 +100,8 @@ class Metrics:
         for category in cache.policies.names():
             entries.add_metric([category], counts.get(category, 0))
             policy = cache.policies.of(category)
-            for model, s in {"": 0.0, **loads}.items():
+            # Callers choose the models' names: only those whose load moves something get rows of their own.
+            for model, s in {"": 0.0, **{model: s for model, s in loads.items() if s > 0}}.items():
                 threshold.add_metric([category, model], effective_threshold(policy, s))
                 ttl.add_metric([category, model], effective_ttl(policy, s))
         for model, s in loads.items():

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 import httpx
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -39,10 +42,38 @@ class CallerGone(Exception):
     """The caller closed the connection before the reply began."""
 
 
+def merged(headers: Headers) -> dict[str, str]:
+    """Headers by lower-case name; those that came in several lines are joined, so that none of them is overlooked."""
+    lines: dict[str, list[str]] = {}
+    for name, value in headers.items():
+        lines.setdefault(name.lower(), []).append(value)
+    return {name: ("; " if name == "cookie" else ", ").join(values) for name, values in lines.items()}
+
+
+def query_of(request: Request, mark: str = "") -> str:
+    """The query as the caller wrote it, after a mark if there is one. (`request.url` believes the Host header.)"""
+    query = request.scope["query_string"].decode("latin-1")
+    return mark + query if query else ""
+
+
+def raw_path(request: Request) -> str | None:
+    """The path with its escapes as the caller wrote them; `None` for one that steps upwards, even when decoded."""
+    if {".", ".."} & set(re.split(r"[/\\]", request.scope["path"])):
+        return None
+    raw: bytes = request.scope.get("raw_path") or quote(request.scope["path"]).encode()
+    return raw.split(b"?")[0].decode("latin-1")
+
+
+def _of_connection(header: str) -> frozenset[str]:
+    """The names that a Connection header declares to be of this connection only."""
+    return frozenset(name.strip().lower() for name in header.split(","))
+
+
 def to_upstream(headers: Mapping[str, str]) -> dict[str, str]:
     """The caller's headers for the upstream; identity encoding, so that the proxy can read the reply."""
+    not_sent = _NOT_SENT | _of_connection(headers.get("connection", ""))
     kept = {
-        name: value for name, value in headers.items() if name not in _NOT_SENT and not name.startswith("x-elision-")
+        name: value for name, value in headers.items() if name not in not_sent and not name.startswith("x-elision-")
     }
     return {**kept, "accept-encoding": "identity"}
 
@@ -50,7 +81,8 @@ def to_upstream(headers: Mapping[str, str]) -> dict[str, str]:
 def from_upstream(response: httpx.Response) -> Head:
     """Status and headers of an upstream reply for the caller."""
     raw = [(name.lower(), value) for name, value in response.headers.raw]
-    kept = [(name, value) for name, value in raw if name.decode("latin-1") not in _NOT_RETURNED]
+    not_returned = _NOT_RETURNED | _of_connection(response.headers.get("connection", ""))
+    kept = [(name, value) for name, value in raw if name.decode("latin-1") not in not_returned]
     # What these headers say is the proxy's word alone.
     return response.status_code, [(name, value) for name, value in kept if not name.startswith(b"x-elision-")]
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
+from urllib.parse import unquote
 
 from elision.errors import OptionError
 from elision.serving.semantic.keys import Partition, Query, canonical, digest
@@ -28,7 +29,22 @@ TTL_HEADER = "x-elision-ttl"
 _DELIVERY = frozenset({"stream", "stream_options"})
 _TOOLS = ("tools", "functions", "tool_choice", "function_call")
 _NOT_TEXT = ("audio", "modalities", "prediction", "web_search_options", "echo", "suffix")
-_ANSWER_HEADERS = ("openai-organization", "openai-project", "openai-beta", "accept-language")
+_ANSWER_HEADERS = (
+    "openai-organization",
+    "openai-project",
+    "openai-beta",
+    "accept-language",
+    # Who the caller is, where a gateway says so and no API key does.
+    "x-goog-api-key",
+    "ocp-apim-subscription-key",
+    "x-forwarded-user",
+    "x-forwarded-email",
+    "x-auth-request-user",
+    "x-auth-request-email",
+    "x-user-id",
+    "remote-user",
+)
+_MOST_MODEL = 256
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,7 @@ class Rules:
         multi_turn: `False` sends conversations past the cache instead of keying them on the whole history.
         trust_tenant_header: take the tenant header alone as the tenant. Only behind a gateway that sets it: otherwise
             it merely subdivides the caller's API key, so that nobody can name somebody else's tenant.
+        key_headers: names of further headers that say who asks or shape answers; part of the partition.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # a misspelt option in YAML is an error
@@ -50,6 +67,7 @@ class Rules:
     tools: Literal["bypass", "partition"] = "bypass"
     multi_turn: bool = True
     trust_tenant_header: bool = False
+    key_headers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +101,15 @@ class Bypass:
 
 
 def tenant_of(headers: Mapping[str, str], rules: Rules) -> str:
-    """The tenant: a hash of the API key, subdivided by the tenant header; or that header alone where it is trusted."""
+    """The tenant: a hash of the credentials, subdivided by the tenant header; or that alone where it is trusted."""
     named = headers.get(TENANT_HEADER, "").strip()
     if rules.trust_tenant_header and named:
         return f"name:{named}"
-    key = headers.get("authorization", "") or headers.get("api-key", "") or headers.get("x-api-key", "")
+    # All that were sent: which of them the upstream believes is not known here, and clients fill in one by default.
+    sent = [name for name in ("authorization", "api-key", "x-api-key") if headers.get(name)]
+    # A browser's session; beside a key, cookies are a matter of balancing load and change all the time.
+    sent = sent or [name for name in ("cookie",) if headers.get(name)]
+    key = headers[sent[0]] if len(sent) == 1 else "\n".join(f"{name}: {headers[name]}" for name in sent)
     owner = "anonymous" if not key else "key:" + hashlib.sha256(key.encode()).hexdigest()[:32]
     return f"{owner}/{named}" if named else owner
 
@@ -103,7 +125,7 @@ def read(path: str, query_string: str, headers: Mapping[str, str], raw: bytes, r
         rules: what may go through the cache.
     """
     try:
-        body = json.loads(raw)
+        body = json.loads(raw, object_pairs_hook=_once)
         if not isinstance(body, dict):
             return Bypass("malformed")
         reason = bypass_reason(body, chat=path == CHAT, rules=rules)
@@ -111,13 +133,23 @@ def read(path: str, query_string: str, headers: Mapping[str, str], raw: bytes, r
             return Bypass(reason)
         return _asked(path, query_string, headers, body, rules)
     except (ValueError, OptionError, RecursionError):
-        # Not JSON, or JSON with NaN, or nested beyond reason.
+        # Not JSON, or JSON with NaN, with a field given twice or with half a character, or nested beyond reason.
         return Bypass("malformed")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; refuses one with a field given twice, of which the upstream may read the other one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a field is given twice")
+    return found
 
 
 def bypass_reason(body: Mapping[str, Any], *, chat: bool, rules: Rules) -> str | None:
     """Why a request must go past the cache, or `None`."""
     if not isinstance(body.get("model"), str) or not isinstance(body.get("stream", False), bool | None):
+        return "malformed"
+    if len(body["model"]) > _MOST_MODEL:
         return "malformed"
     if rules.tools == "bypass" and any(body.get(name) for name in _TOOLS):
         return "tools"
@@ -178,6 +210,14 @@ def text_of(content: object) -> str | None:
     return "\x1e".join(parts)
 
 
+def _beside_text(content: object) -> list[dict[str, Any]]:
+    """What the parts of a message say beside their text; nothing for a plain text and for a single plain part."""
+    if not isinstance(content, list):
+        return []
+    found = [{name: value for name, value in part.items() if name not in ("type", "text")} for part in content]
+    return found if len(found) > 1 or found[0] else []
+
+
 def _asked(
     path: str, query_string: str, headers: Mapping[str, str], body: dict[str, Any], rules: Rules
 ) -> Asked | Bypass:
@@ -197,16 +237,23 @@ def _asked(
         text = text_of(last["content"]) or ""
         # The history, and whatever else the last message says of itself, such as the speaker's name.
         rest["history"], rest["last"] = earlier, {name: value for name, value in last.items() if name != "content"}
+        rest["parts"] = _beside_text(last["content"])
     else:
         text = rest.pop("prompt")
-    shaping = {name: headers[name] for name in _ANSWER_HEADERS if name in headers}
+        # A completion goes on where the prompt ends: there a space or a line end changes it.
+        rest["margins"] = [text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]]
+    # Half a character (a lone surrogate) cannot be written as UTF-8: not into metrics, not into lists of entries.
+    (text + body["model"]).encode()
+    shaping = {
+        name: headers[name] for name in (*_ANSWER_HEADERS, *map(str.lower, rules.key_headers)) if name in headers
+    }
     scope = digest(path, query_string, canonical(rest), canonical(shaping))
     query = Query(
         text=text,
         partition=Partition(tenant_of(headers, rules), body["model"], scope),
-        category=headers.get(CATEGORY_HEADER),
+        category=unquote(headers[CATEGORY_HEADER]) if CATEGORY_HEADER in headers else None,
         lookup=control.lookup,
-        store=control.store,
+        store=control.store and ttl != 0,
         max_age=control.max_age,
         ttl=ttl,
     )

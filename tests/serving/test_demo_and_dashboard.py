@@ -171,7 +171,7 @@ def test_demo_from_nothing() -> None:
     [
         ([], "either --upstream URL or --demo"),
         (["--upstream", "ftp://x"], "must start with http"),
-        (["--upstream", "http://127.0.0.1:1", "--store", "mongo://x"], "store.url"),
+        (["--upstream", "http://127.0.0.1:1", "--store", "mongo://x"], "--store: url = 'mongo://x'"),
     ],
 )
 def test_command_refuses_bad_options(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def variants(model: nn.Module, given: dict[str, Tensor], steps: int) -> dict[str
     rows: dict[str, Run] = {
         "uncached": uncached(model, given, steps),
         "model tap, nothing elided (easycache, threshold 0)": ours(model, given, steps, "easycache", threshold=0.0),
-        "28 branch taps, nothing elided (uniform, interval 1)": ours(model, given, steps, "uniform", interval=1),
+        "20 branch sites, nothing elided (uniform, interval 1)": ours(model, given, steps, "uniform", interval=1),
         "taylorseer, nothing elided (interval 1)": ours(model, given, steps, "taylorseer", interval=1),
         "taylorseer N=5": ours(model, given, steps, "taylorseer", **taylor),
         "ideal for its steps": ideal(model, given, steps, official_steps(steps, 5, 3)),

@@ -29,7 +29,8 @@ from torch.nn.functional import pad
 from elision.errors import OptionError
 
 BITS = (2, 3, 4, 8)
-PARAMS = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}  # of parameters, by name
+PARAMS = tuple(DTYPES.values())
 
 
 def packed_width(channels: int, bits: int) -> int:

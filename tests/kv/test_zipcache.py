@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import elision
-from elision.kv.methods.zipcache import ZipCache, partition
-from elision.kv.probes import Probes, draw, normalise
+from elision.kv.methods.zipcache import ZipCache
+from elision.kv.probes import Probes, draw
 from tests.kv.models import decode, llama
 from tests.kv.rig import Rig, recorded
 

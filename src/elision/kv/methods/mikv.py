@@ -207,9 +207,7 @@ class MiKV(KVMethod):
         if self.lo_bits == "drop" and self.hi_bits < 16:
             raise OptionError(f"mikv: lo_bits='drop' needs hi_bits=16, not {self.hi_bits}: it evicts from exact tokens")
         if self.lo_bits != "drop" and int(self.lo_bits) > self.hi_bits:
-            raise OptionError(
-                f"mikv: lo_bits={self.lo_bits} is more than hi_bits={self.hi_bits}: the importance tier has as many or more"
-            )
+            raise OptionError(f"mikv: lo_bits={self.lo_bits} is more than hi_bits={self.hi_bits}: it cannot be more")
 
     def rules(self, host: KVHost) -> Sequence[Rule]:
         """One rule: demote after every call but inside a prompt."""

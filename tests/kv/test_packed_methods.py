@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 import elision
 from elision.errors import ElisionWarning, OptionError
@@ -32,20 +32,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 every_method = pytest.mark.parametrize("case", METHODS)
 
 
-@pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval()
+@pytest.fixture
+def model(packing_model: LlamaForCausalLM) -> LlamaForCausalLM:
+    return packing_model
 
 
 def _ids(n: int, batch: int = 1, seed: int = 0) -> Tensor:
@@ -75,9 +64,9 @@ def _stores(cache: Any) -> list[LayerStore]:
 
 
 def _kept(run: Any, cache: Any, row: int, pads: int) -> list[list[list[int]]]:
-    return [
-        [sorted(p - pads for p in head.tolist() if p >= 0) for head in held[row]] for held in run.kept(cache).values()
-    ]
+    """Positions among the real tokens of a row that are held, by layer and KV head."""
+    held = [positions[row].expand(2, -1).tolist() for positions in run.kept(cache).values()]
+    return [[sorted(p - pads for p in head if p >= 0) for head in layer] for layer in held]
 
 
 @every_method

@@ -64,13 +64,13 @@ class Evict:
             store.evict_one(score.argmin(-1))
             return
         most = max(min(most, n), 0)
-        best = score.topk(most, dim=-1)
+        # a stable sort, not top-k: of equal scores the older token stays, however the row is padded
+        values, index = (x[..., :most] for x in torch.sort(score, dim=-1, descending=True, stable=True))
         if isinstance(keep, Tensor):
             inside = torch.arange(most, device=score.device) < keep.to(score.device)[:, None, None]
-            held = (best.values > -torch.inf) & inside
+            held = (values > -torch.inf) & inside
         else:
             held = None
-        index = best.indices
         if self.order != "score":
             index, order = index.sort(-1)
             held = None if held is None else held.gather(-1, order)

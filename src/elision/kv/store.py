@@ -191,6 +191,11 @@ class LayerStore:
         return self.dense.n + sum(t.meta.n for t in self.tiers)
 
     @property
+    def heads(self) -> int:
+        """KV heads, 1 before the first token."""
+        return self.dense["k"].shape[1] if "k" in self.dense else 1
+
+    @property
     def intact(self) -> bool:
         """Whether every token is still here, dense and in order."""
         return not self.tiers and "pos" not in self.dense

@@ -33,7 +33,7 @@ def partition(score: Tensor, valid: Tensor | None, n_low: Keep, order: str = "sa
         order: Of the first list: "saliency" (ascending) or "position"; the second is always by position.
     """
     if not isinstance(n_low, Tensor) and valid is None:
-        low = score.topk(n_low, largest=False).indices
+        low = _lowest(score, n_low)
         low = low.sort(-1).values if order == "position" else low
         rest = torch.ones_like(score, dtype=torch.bool).scatter_(-1, low, value=False)
         high = rest.int().argsort(dim=-1, descending=True, stable=True)[..., : score.shape[-1] - n_low]
@@ -42,13 +42,18 @@ def partition(score: Tensor, valid: Tensor | None, n_low: Keep, order: str = "sa
     n_low = n_low if isinstance(n_low, Tensor) else real.new_full((len(score),), n_low, dtype=torch.int64)
     n_low = n_low.view(len(score), -1, 1)
     most = int(n_low.max())
-    low = score.masked_fill(~real, torch.inf).topk(most, largest=False).indices
+    low = _lowest(score.masked_fill(~real, torch.inf), most)
     listed = (torch.arange(most, device=score.device) < n_low) & real.gather(-1, low)
     rest = real.scatter(-1, low, real.gather(-1, low) & ~listed)
     if order == "position":
         low = low.masked_fill(~listed, score.shape[-1]).sort(-1).values.clamp(max=score.shape[-1] - 1)
     high = rest.int().argsort(dim=-1, descending=True, stable=True)[..., : int(rest.sum(-1).max())]
     return (low, listed), (high, rest.gather(-1, high))
+
+
+def _lowest(score: Tensor, n: int) -> Tensor:
+    """The n lowest, ascending; stable, so that of equal scores the older token comes first however a row is padded."""
+    return score.sort(dim=-1, stable=True).indices[..., :n]
 
 
 def every(store: LayerStore) -> List:

@@ -103,6 +103,10 @@ class Slots:
         self._buffers = {name: rows(buffer, index) for name, buffer in self._buffers.items()}
         self._bytes, self.n = None, index.shape[2]
 
+    def pick(self, name: str, index: Tensor) -> Tensor:
+        """One column at the slots `index` [B, G or 1, k], as a copy."""
+        return rows(self._buffers[name], index)
+
     def take(self, index: Tensor) -> dict[str, Tensor]:
         """The columns at the slots `index` [B, G or 1, k], as copies."""
         return {name: rows(buffer, index) for name, buffer in self._buffers.items()}

@@ -15,17 +15,39 @@ Options = dict[str, Any]
 # At these settings nothing leaves the cache, and outputs equal DynamicCache's bit for bit.
 LIMITS: dict[str, list[Options]] = {
     "h2o": [{"budget": 4096}, {"heavy": 0, "recent": 4096}],
+    "mikv": [{"ratio": 1.0}],
     "snapkv": [{"budget": 4096}],
+    "uniform_rtn": [{"residual": 4096}],
+    "zipcache": [{"bits_salient": 16, "bits_other": 16}, {"bits_salient": 16, "low_ratio": 0.0}],
 }
+
+# Parameters in float32: in 16 bits a minimum that differs in its last float32 bit can round to a neighbour a thousand
+# times further away, so that two runs which add in another order could not be compared.
+SMOOTH = {"params": "float32"}
 
 # At these settings a prompt of 30 tokens is compressed on every tiny model.
 ACTIVE: dict[str, list[Options]] = {
     "h2o": [{"budget": 10}, {"budget": 0.4}, {"heavy": 6, "recent": 4, "rolling": True}],
+    "mikv": [
+        SMOOTH | {"ratio": 0.3},
+        SMOOTH | {"ratio": 0.3, "hi_bits": 8, "lo_bits": 3},
+        SMOOTH | {"ratio": 0.3, "lo_bits": 4, "size": "prompt"},
+        {"ratio": 0.5, "lo_bits": "drop"},
+    ],
     "snapkv": [{"budget": 12, "window": 4}, {"budget": 0.5, "window": 3, "pooling": "max"}],
+    "uniform_rtn": [
+        SMOOTH | {"residual": 5, "group": 4, "value_group": 2},
+        SMOOTH | {"residual": 3, "keys": "token", "bits": 3},
+    ],
+    "zipcache": [
+        SMOOTH | {"gap": 3},
+        SMOOTH | {"gap": 3, "requant": "block", "norm": "full_count"},
+        SMOOTH | {"gap": 3, "bits_salient": 16},
+    ],
 }
 
 # Methods (with their options) that drop tokens, so that slots held can be compared with the budget.
-PACKS: frozenset[str] = frozenset()
+PACKS: frozenset[str] = frozenset({"mikv", "uniform_rtn", "zipcache"})
 
 
 def known_methods() -> list[str]:

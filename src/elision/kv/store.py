@@ -355,8 +355,9 @@ class LayerStore:
 
 
 def _filled(column: Tensor | float, k: Tensor) -> Tensor:
-    """A column [B, 1, m] of one number, where it is not a tensor yet."""
+    """A column of one number where it is not a tensor yet: [B, 1, m], of what a scorer keeps per head [B, G, m]."""
     if isinstance(column, Tensor):
         return column
     kind = torch.bool if isinstance(column, bool) else torch.int32 if isinstance(column, int) else torch.float32
-    return torch.full((len(k), 1, k.shape[2]), column, dtype=kind, device=k.device)
+    heads = k.shape[1] if kind == torch.float32 else 1
+    return torch.full((len(k), heads, k.shape[2]), column, dtype=kind, device=k.device)

@@ -13,7 +13,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 import elision
 from elision.errors import OptionError
 from elision.kv.store import LayerStore
-from elision.tensors.packing import storage_bytes
+from elision.session import storage_bytes
 from tests.kv.settings import ACTIVE, PACKS, Options, cases, label
 
 every_setting = [(name, options) for name, options in cases(ACTIVE) if name in PACKS]

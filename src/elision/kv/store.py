@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from elision.tensors.packing import storage_bytes
+from elision.session import storage_bytes
 
 MapBatch = Callable[[Tensor], Tensor]
 

@@ -60,17 +60,17 @@ class Balanced(ColumnSums):
     """Accumulated attention of the importance tier; also finds the balancer at the end of the first prompt."""
 
     def observe(self, call: Call) -> None:
-        """Add this call's column sums; of prompt rows, take the maxima of |q|."""
+        """Add this call's column sums; of the first prompt's rows, take the maxima of |q|."""
         super().observe(call)
         state = call.store.state
-        if "balance" in state or call.phase == "step":
+        if "balance" in state:
             return
         q = call.grouped(call.q.abs())  # [B, G, g, m, D]
         if call.valid is not None:
             q = q * call.valid[:, None, None, :, None]
         peak = q.amax((2, 3), keepdim=True)[:, :, 0]  # [B, G, 1, D]
         state["q_max"] = torch.maximum(state["q_max"], peak) if "q_max" in state else peak
-        if call.phase == "prompt_end":
+        if call.phase != "prompt_chunk":  # a step comes first over tokens that were in the cache before
             k, valid = call.store.dense["k"].abs(), call.store.dense.get("valid")
             k = k if valid is None else k * valid[..., None]
             state["balance"] = balancer(state.pop("q_max"), k.amax(2, keepdim=True))

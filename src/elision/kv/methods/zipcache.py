@@ -46,7 +46,7 @@ from elision.tensors.packing import DTYPES, Grid, channel_scale
 
 def fresh(store: LayerStore) -> int:
     """Tokens that came since the last packing, padding included; they are the newest dense slots."""
-    return store.seen - min(int(store.state.get("packed", 0)), store.seen)
+    return store.seen - int(store.state.get("packed", 0))
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,8 @@ class ZipCache(KVMethod):
 
     def due(self, call: Call) -> bool:
         """After a prompt, and whenever `gap` new tokens have gathered."""
+        state = call.store.state
+        state["packed"] = min(state.get("packed", 0), call.first)  # packed tokens may have been taken back since
         if self.bits_other == 16 or call.phase == "prompt_chunk":
             return False
         return call.phase == "prompt_end" or fresh(call.store) >= self.gap

@@ -56,22 +56,41 @@ class Evict:
     def __call__(self, store: LayerStore, score: Tensor, keep: Keep) -> None:
         """Bring the dense slots down to `keep` (one number, or one per row)."""
         n = store.dense.n
-        most = int(keep.max()) if isinstance(keep, Tensor) else keep
-        if n <= most and not isinstance(keep, Tensor):
+        if isinstance(keep, Tensor):
+            self._each_row(store, score, keep.to(score.device))
+            return
+        if n <= keep:
             return
         score = ranked(store, score, self.recent, self.first)
-        if not isinstance(keep, Tensor) and self.order == "any" and keep == n - 1:
+        if self.order == "any" and keep == n - 1:
             store.evict_one(score.argmin(-1))
             return
-        most = max(min(most, n), 0)
+        best = score.topk(max(keep, 0), dim=-1)
+        store.evict(best.indices if self.order == "score" else best.indices.sort(-1).values)
+
+    def _each_row(self, store: LayerStore, score: Tensor, keep: Tensor) -> None:
+        """Every row down to its own number [B]; slots that a row has no use for are marked invalid."""
+        n, valid = store.dense.n, store.dense.get("valid")
+        held = torch.full_like(keep, n) if valid is None else valid[:, 0].sum(-1)
+        over = held - keep
+        most, worst = (int(x) for x in torch.stack([held.minimum(keep).max().clamp(min=0), over.max()]).tolist())
+        if worst <= 0 and most == n:
+            return
+        score = ranked(store, score, self.recent, self.first)
+        if self.order == "any" and worst <= 1 and n - most <= 1:
+            full = (over > 0)[:, None]
+            lowest = score.masked_fill(score == -torch.inf, torch.inf).argmin(-1)
+            victim = torch.where(full, lowest, score.argmin(-1))
+            if most < n:  # a row below its number has padding to give
+                store.evict_one(victim)
+            else:
+                store.blank(victim, full)
+            return
         best = score.topk(most, dim=-1)
-        if isinstance(keep, Tensor):
-            inside = torch.arange(most, device=score.device) < keep.to(score.device)[:, None, None]
-            held = (best.values > -torch.inf) & inside
-        else:
-            held = None
+        inside = torch.arange(most, device=score.device) < keep[:, None, None]
+        held_slots = (best.values > -torch.inf) & inside
         index = best.indices
         if self.order != "score":
             index, order = index.sort(-1)
-            held = None if held is None else held.gather(-1, order)
-        store.evict(index, None if held is None or bool(held.all()) else held.expand(index.shape))
+            held_slots = held_slots.gather(-1, order)
+        store.evict(index, None if bool(held_slots.all()) else held_slots)

@@ -71,11 +71,15 @@ def real_slots(store: LayerStore) -> Tensor:
     return per_row(store.dense.n, store.dense["k"]) if valid is None else valid[:, 0].sum(-1)
 
 
-def slot_order(store: LayerStore, column: str = "pos") -> Tensor | None:
-    """Dense slots by `column`, lowest first and padding before all, [B, G, n]; None if that is how they lie."""
+def slot_order(store: LayerStore, column: str = "pos", newest: int = 0) -> Tensor | None:
+    """Dense slots by `column`, lowest first and padding before all, [B, G, n]; None if that is how they lie.
+
+    The `newest` slots at the end are left out.
+    """
     key = store.dense.get(column)
     if key is None:
         return None
     valid = store.dense.get("valid")
     key = key if valid is None else key.masked_fill(~valid, -1)
+    key = key[:, :, : key.shape[2] - newest]
     return key.argsort(dim=-1, stable=True).expand(-1, store.dense["k"].shape[1], -1)

@@ -14,12 +14,11 @@ query attends to least, pooled in the same way, leaves.
 Where paper and released code differ or the code is silent, these are the defaults and the options: `repair="released"`
 is the code's single redistribution, which may leave a part of T unused when preferences are far apart; "water_filling"
 repeats it. `decode_order="positional"` pools over neighbours in the text while decoding; "released" pools over the
-order in which top-k left the tokens, highest first, as the code does (after a manual `crop` by position again where
-tokens came back). `coupled=False` slices each row of a batch by its own preference; True sums over the batch as the
-code does. If V is 0 in every layer, budgets are even (inferred). Later turns, which the code does not know, are sliced
-like prompts of the tokens held and the new ones; a turn shorter than the window changes no budget and evicts as a step
-does (inferred). `tau1` and `tau2` are tuned per model: `preset` takes the published values of the cache size that is
-nearest to the budget.
+order in which top-k left the tokens, highest first, as the code does. `coupled=False` slices each row of a batch by its
+own preference; True sums over the batch as the code does. If V is 0 in every layer, budgets are even (inferred). Later
+turns, which the code does not know, are sliced like prompts of the tokens held and the new ones; a turn shorter than
+the window changes no budget and evicts as a step does (inferred). `tau1` and `tau2` are tuned per model: `preset` takes
+the published values of the cache size that is nearest to the budget.
 """
 
 from __future__ import annotations
@@ -149,9 +148,9 @@ class _Indicator(Window):
         state["preference"] = dispersion.clamp(min=0) ** (1 / tau1) * shift ** (1 / tau2)
         state["cap"] = real_slots(store) - self.rows
         worth = mean + cake.gamma * variance
-        order = slot_order(store)
+        order = slot_order(store, newest=self.rows)
         if order is not None:  # neighbours in the text may lie anywhere by now
-            order = order[:, :, None, : -self.rows].expand_as(worth)
+            order = order[:, :, None].expand_as(worth)
             worth = worth.gather(-1, order)
         worth = pool(worth.flatten(1, 2), cake.kernel).view_as(worth)
         if order is not None:
@@ -278,6 +277,8 @@ class _LastRow:
         weights = weights if order is None else weights.gather(-1, order)
         score = torch.full_like(weights, torch.inf)
         score[..., :before] = pool(weights[..., :before], cake.kernel)
+        padding = 0 if "valid" not in store.dense else (n - real_slots(store))[:, None, None]
+        score = _settle_ties(score, before, before - padding, cake.kernel)
         if cake.decode_order == "released":
             self._rank(call, store, score, order)
         return score if order is None else torch.empty_like(score).scatter_(-1, order, score)
@@ -294,3 +295,14 @@ class _LastRow:
         best = torch.where(over[:, None, None], key.argsort(dim=-1, stable=True), places)
         rank = torch.empty_like(score).scatter_(-1, order.gather(-1, best), places.float())
         store.dense["rank"], store.fills["rank"] = rank, torch.inf
+
+
+def _settle_ties(score: Tensor, before: int, real: Keep, kernel: int) -> Tensor:
+    """Where so few tokens are left that every average is of all of them, the oldest one is worth least."""
+    few = real <= kernel // 2 + 1
+    if few is False:
+        return score
+    score = score.clone()
+    age = torch.arange(before, device=score.device).float()
+    score[..., :before] = torch.where(torch.as_tensor(few, device=score.device), age, score[..., :before])
+    return score

@@ -90,7 +90,7 @@ class Evict:
         inside = torch.arange(most, device=score.device) < keep[:, None, None]
         held_slots = (best.values > -torch.inf) & inside
         index = best.indices
-        if self.order != "score":
-            index, order = index.sort(-1)
-            held_slots = held_slots.gather(-1, order)
+        if self.order != "score":  # what a row has no use for lies first, so that nothing is between neighbours
+            index = torch.where(held_slots, index, index - n).sort(-1).values
+            held_slots, index = index >= 0, index % n
         store.evict(index, None if bool(held_slots.all()) else held_slots)

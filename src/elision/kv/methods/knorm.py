@@ -19,7 +19,7 @@ from torch import Tensor
 
 from elision.errors import OptionError
 from elision.kv.actions import Evict
-from elision.kv.budgets import Even, over
+from elision.kv.budgets import Even, at_least, over
 from elision.kv.method import EvictingMethod, KVHost
 from elision.kv.parts import Call, Rule
 from elision.kv.store import LayerStore
@@ -62,7 +62,9 @@ class Knorm(EvictingMethod):
     control: ClassVar[bool] = True
 
     skip: tuple[int, ...] = option((), "layers that keep everything, by their index in the model")
-    recent: int = option(0, "newest tokens that always stay; they count towards the budget", ge=0)
+    recent: int = option(
+        0, "newest tokens that always stay; they count towards the budget, which is at least this", ge=0
+    )
     decode: bool = option(True, "hold the budget while decoding too")
 
     def __post_init__(self) -> None:
@@ -76,7 +78,7 @@ class Knorm(EvictingMethod):
         """One: drop the largest keys."""
         if unknown := sorted(set(self.skip) - set(host.layers)):
             raise OptionError(f"{self.name}: skip names layers {unknown}, but those managed are {list(host.layers)}")
-        budget = Even(self.tokens)
+        budget = Even(at_least(self.tokens, self.recent))
         full = over(budget)
 
         def due(call: Call) -> bool:

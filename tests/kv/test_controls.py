@@ -299,3 +299,15 @@ def test_options() -> None:
         Window(0)
     with pytest.raises(OptionError, match="heads='some'"):
         TOVA(heads="some")
+
+
+def test_knorm_keeps_the_newest_of_equal_keys() -> None:
+    """Rotation blurs equal norms in their last bits; neither that nor the order of slots decides."""
+    torch.manual_seed(0)
+    k = torch.randn(1, 1, 30, 8)
+    k = k / k.norm(dim=-1, keepdim=True) * (1 + 1e-7 * torch.randn(30, 1))
+    rig = Rig(Knorm(8))
+    rig.feed(0, k[:, :, :20], k[:, :, :20], phase="prompt_end")
+    for t in range(20, 30):
+        rig.feed(0, k[:, :, t : t + 1], k[:, :, t : t + 1])
+        assert rig.kept()[0, 0].tolist() == list(range(t - 7, t + 1))

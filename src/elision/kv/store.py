@@ -91,13 +91,16 @@ class Slots:
 
     def overwrite(self, slot: Tensor) -> None:
         """The newest token takes the place `slot` [B, G or 1], so one token fewer is held; nothing else moves."""
+        places: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         for name in self._buffers:
             buffer = self._room(name, 0, slot.shape[1])
             b, h, cap = buffer.shape[:3]
-            first = torch.arange(b * h, device=buffer.device) * cap
+            if (h, cap) not in places:
+                first = torch.arange(b * h, device=buffer.device) * cap
+                places[h, cap] = first + slot.expand(b, h).reshape(-1), first + (self.n - 1)
+            victim, newest = places[h, cap]
             flat = buffer.view(b * h * cap, -1)
-            place = first + slot.expand(b, h).reshape(-1)
-            flat.index_copy_(0, place, flat.index_select(0, first + (self.n - 1)))
+            flat.index_copy_(0, victim, flat.index_select(0, newest))
         self.n -= 1
 
     def truncate(self, n: int) -> None:
@@ -211,6 +214,8 @@ class LayerStore:
             held.append(torch.arange(first, self.seen, dtype=torch.int32, device=k.device).expand(len(k), 1, -1))
         if not held:
             return torch.zeros(1, 1, 0, dtype=torch.int32)
+        if len(held) == 1:
+            return held[0]
         heads = max(p.shape[1] for p in held)
         return torch.cat([p.expand(-1, heads, -1) for p in held], 2)
 

@@ -287,12 +287,14 @@ class _LastRow:
         """Write down the order in which top-k leaves the tokens, in rows that lose one: by score, then the window."""
         places = torch.arange(store.dense.n, device=score.device).expand_as(score)
         order = places if order is None else order
-        valid = store.dense.get("valid")
-        key = score.neg().masked_fill(score == torch.inf, torch.inf)
+        window = score == torch.inf
+        key, valid, keep = score.neg().masked_fill_(window, torch.inf), store.dense.get("valid"), self.held.of(call)
         if valid is not None:
             key = key.masked_fill(~valid.expand_as(order).gather(-1, order), -torch.inf)
-        over = real_slots(store) > per_row(self.held.of(call), score)
-        best = torch.where(over[:, None, None], key.argsort(dim=-1, stable=True), places)
+        best = key.argsort(dim=-1, stable=True)
+        if valid is not None or isinstance(keep, Tensor):
+            over = real_slots(store) > per_row(keep, score)
+            best = torch.where(over[:, None, None], best, places)
         rank = torch.empty_like(score).scatter_(-1, order.gather(-1, best), places.float())
         store.dense["rank"], store.fills["rank"] = rank, torch.inf
 

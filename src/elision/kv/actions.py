@@ -12,12 +12,12 @@ from elision.kv.store import LayerStore
 
 
 def ranked(store: LayerStore, score: Tensor, recent: Keep = 0, first: int = 0) -> Tensor:
-    """`score` [B, G or 1, n] of the dense slots as float32 with padding last and protected tokens first.
+    """`score` [B, G or 1, n] of the dense slots as float32 or float64 with padding last and protected tokens first.
 
     Protected are the newest `recent` (one number, or one per row) and the oldest `first` real tokens of each row, by
     position, not by slot.
     """
-    score = score.float()
+    score = score if score.dtype == torch.float64 else score.float()
     valid = store.dense.get("valid")
     if isinstance(recent, Tensor):
         since = store.seen - recent.to(score.device)[:, None, None]
@@ -35,6 +35,15 @@ def ranked(store: LayerStore, score: Tensor, recent: Keep = 0, first: int = 0) -
         oldest = positions < first + start
         score = score.masked_fill(oldest, torch.inf)
     return score if valid is None else score.masked_fill(~valid, -torch.inf)
+
+
+def best(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k highest scores of [B, G, n] and their slots, highest first.
+
+    A stable sort, not top-k: of equal scores the older token stays, however the row is padded.
+    """
+    values, index = torch.sort(score, dim=-1, descending=True, stable=True)
+    return values[..., :k], index[..., :k]
 
 
 @dataclass(frozen=True)
@@ -56,22 +65,40 @@ class Evict:
     def __call__(self, store: LayerStore, score: Tensor, keep: Keep) -> None:
         """Bring the dense slots down to `keep` (one number, or one per row)."""
         n = store.dense.n
-        most = int(keep.max()) if isinstance(keep, Tensor) else keep
-        if n <= most and not isinstance(keep, Tensor):
+        if isinstance(keep, Tensor):
+            self._each_row(store, score, keep.to(score.device))
+            return
+        if n <= keep:
             return
         score = ranked(store, score, self.recent, self.first)
-        if not isinstance(keep, Tensor) and self.order == "any" and keep == n - 1:
+        if self.order == "any" and keep == n - 1:
             store.evict_one(score.argmin(-1))
             return
-        most = max(min(most, n), 0)
-        # a stable sort, not top-k: of equal scores the older token stays, however the row is padded
-        values, index = (x[..., :most] for x in torch.sort(score, dim=-1, descending=True, stable=True))
-        if isinstance(keep, Tensor):
-            inside = torch.arange(most, device=score.device) < keep.to(score.device)[:, None, None]
-            held = (values > -torch.inf) & inside
-        else:
-            held = None
-        if self.order != "score":
-            index, order = index.sort(-1)
-            held = None if held is None else held.gather(-1, order)
-        store.evict(index, None if held is None or bool(held.all()) else held.expand(index.shape))
+        _, index = best(score, max(keep, 0))
+        store.evict(index if self.order == "score" else index.sort(-1).values)
+
+    def _each_row(self, store: LayerStore, score: Tensor, keep: Tensor) -> None:
+        """Every row down to its own number [B]; slots that a row has no use for are marked invalid."""
+        n, valid = store.dense.n, store.dense.get("valid")
+        held = torch.full_like(keep, n) if valid is None else valid[:, 0].sum(-1)
+        over = held - keep
+        most, worst = (int(x) for x in torch.stack([held.minimum(keep).max().clamp(min=0), over.max()]).tolist())
+        if worst <= 0 and most == n:
+            return
+        score = ranked(store, score, self.recent, self.first)
+        if self.order == "any" and worst <= 1 and n - most <= 1:
+            full = (over > 0)[:, None]
+            lowest = score.masked_fill(score == -torch.inf, torch.inf).argmin(-1)
+            victim = torch.where(full, lowest, score.argmin(-1))
+            if most < n:  # a row below its number has padding to give
+                store.evict_one(victim)
+            else:
+                store.blank(victim, full)
+            return
+        values, index = best(score, most)
+        inside = torch.arange(most, device=score.device) < keep[:, None, None]
+        held_slots = (values > -torch.inf) & inside
+        if self.order != "score":  # what a row has no use for lies first, so that nothing is between neighbours
+            index = torch.where(held_slots, index, index - n).sort(-1).values
+            held_slots, index = index >= 0, index % n
+        store.evict(index, None if bool(held_slots.all()) else held_slots)

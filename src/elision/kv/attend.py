@@ -86,17 +86,33 @@ def _roll(
 ) -> tuple[Tensor, Tensor]:
     """Queries and unrotated keys turned to the index of their slot among the real ones of their row."""
     n, m = keys.shape[2], att.q.shape[2]
-    valid = store.valid()
-    if valid is None:
-        if n not in forward.rotary:
-            forward.rotary[n] = _angles(session, att, torch.arange(n, device=keys.device)[None])
-        cos, sin = forward.rotary[n]
-    else:
-        place = valid[:, 0].long().cumsum(-1).sub(1).clamp(min=0)  # padding lies first, in all heads alike
-        cos, sin = _angles(session, att, place)
+    if n not in forward.rotary:
+        forward.rotary[n] = _angles(session, att, torch.arange(n, device=keys.device)[None])
+    cos, sin = forward.rotary[n]
+    place = _places(store)
+    if place is not None:
+        cos, sin = cos[0][place], sin[0][place]
     keys = att.rotate(keys, keys, cos, sin)[1]
     q = att.rotate(att.q, att.q, cos[:, n - m :], sin[:, n - m :])[0]
     return q, keys
+
+
+def _places(store: LayerStore) -> Tensor | None:
+    """Index of every slot among the real ones of its row, [B, n]; None if that is the index of the slot.
+
+    Where heads hold different tokens, slots lie in the order of time; otherwise positions say what the order is.
+    """
+    valid, places = store.valid(), store.dense.get("pos")
+    if valid is None and (places is None or places.shape[1] > 1):
+        return None
+    if places is None or places.shape[1] > 1:
+        assert valid is not None
+        return valid[:, 0].long().cumsum(-1).sub(1).clamp(min=0)  # padding lies first, in all heads alike
+    places = places[:, 0]
+    order = (places if valid is None else places.masked_fill(~valid[:, 0], -1)).argsort(-1)
+    n = torch.arange(order.shape[1], device=order.device)
+    rank = torch.empty_like(order).scatter_(-1, order, n.expand_as(order))
+    return rank if valid is None else (rank - (~valid[:, 0]).sum(-1, keepdim=True)).clamp(min=0)
 
 
 def _angles(session: KVApplied, att: Attention, places: Tensor) -> tuple[Tensor, Tensor]:

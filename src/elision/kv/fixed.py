@@ -81,11 +81,11 @@ class Fraction:
         store, state = call.store, call.store.state
         if "share" not in state:
             return {}
-        n, seen, share = held(store), call.lengths, state["share"]
-        seen = seen.double() if isinstance(seen, Tensor) else seen
+        n = held(store)
+        have, seen = (x.double() if isinstance(x, Tensor) else x for x in (n, call.lengths))
         gone: Keep = 0
         for back in reversed(range(call.m)):
-            over = (n - gone - back) - (seen - back) * share
+            over = (have - gone - back) - (seen - back) * state["share"]
             gone = gone + (over >= 1)
         if not bool(gone.any() if isinstance(gone, Tensor) else gone):
             return {}

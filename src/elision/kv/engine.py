@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -198,17 +199,14 @@ class KVApplied(Applied):
         forward = self._enter(book, kwargs)
         started, outer = perf_counter(), self._forward
         self._forward = forward
-        bystanders = _keep_all(cache) if forward.extra else []
         try:
-            out = inner(**kwargs)
+            with _keep_all(cache, forward.extra):
+                out = inner(**kwargs)
         except BaseException:
             book.broken = True
             raise
         finally:
             self._forward = outer
-            for layer, was in bystanders:
-                layer.crop(-forward.extra)
-                layer.record_past = was
         self.ledger.seconds.computing += perf_counter() - started
         self.ledger.take(book)
         return _without_pseudo(out, forward.m - forward.extra) if forward.extra else out
@@ -447,10 +445,21 @@ def _joined(parts: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
     return torch.cat([e.new_ones(e.shape[:2], dtype=torch.bool) if v is None else v for e, v in parts], 1)
 
 
-def _keep_all(cache: Any) -> list[tuple[Any, bool]]:
-    """Let sliding layers keep what they would drop while pseudo rows pass; returns them with their former setting."""
-    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
-    before = [(layer, getattr(layer, "record_past", False)) for layer in layers]
-    for layer in layers:
-        layer.record_past = True
-    return before
+@contextmanager
+def _keep_all(cache: Any, extra: int) -> Iterator[None]:
+    """Let sliding layers keep what they would drop while pseudo rows pass, and take these rows out of them again."""
+    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)] if extra else []
+    recorded = [getattr(layer, "record_past", False) for layer in layers]
+    try:
+        for layer in layers:
+            layer.record_past = True
+        yield
+        for layer, before in zip(layers, recorded, strict=True):
+            layer.keys, layer.values = layer.keys[:, :, :-extra], layer.values[:, :, :-extra]
+            if layer.is_sliding:
+                layer.cumulative_length -= extra
+                if not before:  # else whoever records will crop it
+                    layer.crop(0)
+    finally:
+        for layer, before in zip(layers, recorded, strict=True):
+            layer.record_past = before

@@ -119,7 +119,7 @@ class PrefixKV(EvictingMethod):
 
     budget: int | float | str = option(
         0.2,
-        "what layers hold on average: a share of all tokens, or tokens or bytes ('64MiB') that fix it at the prompt's end",
+        "layers hold on average: a share of all tokens, or tokens or bytes ('64MiB') that fix it at the prompt's end",
     )
     ratio: float | None = option(
         None, "share of the tokens to drop, instead of the budget (the paper's name)", ge=0, le=1

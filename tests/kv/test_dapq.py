@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import elision
-from elision.kv.methods.dapq import DapQ, PseudoTokens
-from tests.kv.tiny import forced, left_padded, tiny, tokens
+from elision.kv.methods.dapq import DapQ, FromBehind, PseudoTokens
+from elision.kv.parts import Call
+from tests.kv.tiny import forced, left_padded, masked, tiny, tokens
 
 
 @torch.no_grad()
@@ -97,41 +98,8 @@ def test_decoding_reads_what_was_kept_at_true_positions(kind: str) -> None:
     assert torch.equal(logits[:, 0], model(prompt).logits[:, -1]) or torch.allclose(
         logits[:, 0], model(prompt).logits[:, -1], atol=1e-5
     )
-    expected = _masked(model, prompt, rest, kept)
+    expected = masked(model, prompt, rest, kept)
     torch.testing.assert_close(logits[:, 1:], expected, atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-def _masked(model: Any, prompt: Tensor, rest: Tensor, kept: dict[int, Tensor]) -> Tensor:
-    """A slow reference: prompt rows see everything, later rows only what a layer's KV head kept (and later tokens)."""
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
-
-    length, heads = prompt.shape[1], model.config.num_attention_heads
-    base = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-    def masked(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **more: Any) -> Any:
-        n = k.shape[2]
-        seen = torch.ones(1, heads, n, n, dtype=torch.bool).tril()
-        if mask is not None:
-            seen &= mask
-        if module.layer_idx in kept:
-            out = torch.ones(len(kept[module.layer_idx]), n, dtype=torch.bool)
-            out[:, :length] = False
-            out.scatter_(1, kept[module.layer_idx], True)
-            seen[:, :, length:] &= out.repeat_interleave(heads // len(out), 0)[None, :, None]
-        return base(module, q, k, v, seen, **more)
-
-    AttentionInterface.register("masked", masked)
-    AttentionMaskInterface.register("masked", sdpa_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation("masked")
-    try:
-        return model(torch.cat([prompt, rest], 1)).logits[:, length:]
-    finally:
-        model.set_attn_implementation(before)
-        AttentionInterface._global_mapping.pop("masked")
-        AttentionMaskInterface._global_mapping.pop("masked")
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Gemma3"])
@@ -171,15 +139,22 @@ def test_chunks_are_one_prompt(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Gemma3"])
-def test_guesses_of_prompt_lookup_change_nothing(kind: str) -> None:
+def test_guesses_of_prompt_lookup_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first forward already carries guesses: the kept set and the continuation's positions are the usual ones."""
-    model = tiny(kind)
+    model, guesses, observe = tiny(kind), set(), FromBehind.observe
+
+    def look(self: FromBehind, call: Call) -> None:
+        guesses.add(call.drafts)
+        observe(self, call)
+
+    monkeypatch.setattr(FromBehind, "observe", look)
     prompt = tokens(1, 12).repeat(1, 5)
     with elision.apply(model, "dapq", budget=24, window=16) as run:
         plain, assisted = run.cache(), run.cache()
         model.generate(prompt, past_key_values=plain, max_new_tokens=12, do_sample=False)
         model.generate(prompt, past_key_values=assisted, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=4)
         assert assisted.get_seq_length() >= 71
+        assert guesses == {0, 4}
         if kind == "Llama":  # in sliding layers the rows do see guesses
             for layer, kept in run.kept(plain).items():
                 theirs = run.kept(assisted)[layer]
@@ -202,7 +177,7 @@ def test_a_second_turn() -> None:
                 old = kept[0, group][kept[0, group] < 40]
                 assert set(old.tolist()) <= set(before[layer][0, group].tolist())
     torch.testing.assert_close(
-        logits, _masked(model, first, second, {i: k[0] for i, k in before.items()}), atol=1e-4, rtol=1e-4
+        logits, masked(model, first, second, {i: k[0] for i, k in before.items()}), atol=1e-4, rtol=1e-4
     )
 
 

@@ -62,7 +62,7 @@ def by_row(one: Callable[..., Sequence[float]], call: Call, *args: float | Tenso
     if not any(isinstance(x, Tensor) for x in args):
         return list(one(*args))
     k = call.store.dense["k"]
-    rows = zip(*(torch.as_tensor(x).expand(len(k)).tolist() for x in args), strict=True)
+    rows = zip(*(x.tolist() if isinstance(x, Tensor) else [x] * len(k) for x in args), strict=True)
     found = zip(*(one(*row) for row in rows), strict=True)
     kinds = (torch.int64, torch.float64)
     return [torch.tensor(x, dtype=kinds[isinstance(x[0], float)], device=k.device) for x in found]

@@ -230,7 +230,9 @@ def steps(call: Call) -> bool:
 class Pseudo(Protocol):
     """Rows that are put behind a prompt to observe it, and leave before anything is decoded."""
 
-    offset: int  # positions between the end of the prompt and the first row
+    @property
+    def offset(self) -> int:
+        """Positions between the end of the prompt and the first row."""
 
     def wanted(self, lengths: Keep) -> bool:
         """Whether a prompt of this many real tokens (one number, or [B]) is to be observed at all."""

@@ -17,7 +17,7 @@ prompt itself: then layers are cut when the last one is through, and until then 
 budgets 0.1 to 0.9 and the one that `fit` was called with; between two of them ratios are interpolated, which keeps
 their mean (inferred). The published ratio files belong to LLaVA-1.5 and are not included.
 
-What differs from the release: the search ends after `ROUNDS` halvings with the best threshold found, where the released
+What differs from the release: the search ends after 50 halvings with the best threshold found, where the released
 loop may run forever; counts above what a layer can drop are cut and spread over the others (inferred; the release lets
 such a layer keep its protected tokens only); deletion points are set also where nothing was dropped; each row of a
 batch has its own length and, without a profile, its own ratios. A later turn (inferred) scores by its own rows and
@@ -42,63 +42,11 @@ from elision.kv.fit import made_for, record
 from elision.kv.fixed import FixedSlot, Fraction, PromptSums, by_row, held, share_of
 from elision.kv.method import EvictingMethod, KVHost
 from elision.kv.parts import Call, Keep, Rule, prompt_end, steps
+from elision.kv.threshold import search
 from elision.method import Paper, option, register
 from elision.profile import Profile
 
 DROPS = tuple(i / 10 for i in range(1, 10))
-ROUNDS = 50
-
-
-def threshold(scores: Sequence[Tensor], target: float, protect: int, tolerance: float) -> tuple[float, Tensor]:
-    """The threshold p, and what each layer drops at it before rescaling: scores [n_l] of L layers, counts [L].
-
-    At p a layer keeps its best tokens until their cumulative importance reaches p, and `protect` more. The halving ends
-    once the layers together drop `target` tokens to within `tolerance`.
-    """
-    longest = max(len(s) for s in scores)
-    ranked = torch.stack([torch.nn.functional.pad(s.float(), (0, longest - len(s))) for s in scores])
-    ranked = ranked.sort(-1, descending=True).values
-    curve = (ranked / ranked.sum(-1, keepdim=True)).cumsum(-1).contiguous()  # [L, n]
-    lengths = torch.tensor([len(s) for s in scores], device=curve.device)
-    low, high = 0.0, 1.0
-    best: tuple[float, float, Tensor] | None = None
-    for _ in range(ROUNDS):
-        p = (low + high) / 2
-        kept = torch.searchsorted(curve, curve.new_full((len(curve), 1), p))[:, 0] + 1
-        forget = (lengths - kept - protect).clamp(min=0)
-        total = int(forget.sum())
-        if best is None or abs(total - target) < best[0]:
-            best = (abs(total - target), p, forget)
-        if abs(total - target) < tolerance:
-            break
-        low, high = (low, p) if total < target else (p, high)
-    assert best is not None
-    return best[1], best[2]
-
-
-def rescale(forget: Tensor, target: float, limits: Tensor) -> Tensor:
-    """Counts [L] scaled to `target` in total and truncated; what a layer cannot drop is spread over those that can."""
-    total = float(forget.sum())
-    if not total:
-        return forget
-    wanted = forget * (target / torch.tensor(total, dtype=torch.float64))
-    while True:
-        excess = (wanted - limits).clamp(min=0).sum()
-        wanted = torch.minimum(wanted, limits.double())
-        able = (wanted < limits).double()
-        if excess < 1e-6 or not able.any():
-            return wanted.long()
-        weight = able * wanted.clamp(min=1)
-        wanted = wanted + excess * weight / weight.sum()
-
-
-def search(scores: Sequence[Tensor], drop: float, seen: int, protect: int, tolerance: float) -> Tensor:
-    """Drop ratios [L] of one prompt, float64: shares of the `seen` tokens that each layer is without afterwards."""
-    lengths = torch.tensor([len(s) for s in scores])
-    before = seen - lengths  # dropped in earlier turns
-    target = max(drop * len(scores) * seen - int(before.sum()), 0.0)
-    forget = rescale(threshold(scores, target, protect, tolerance)[1].cpu(), target, (lengths - protect).clamp(min=0))
-    return (before + forget).double() / seen
 
 
 @register
@@ -258,7 +206,7 @@ class _Sample:
     def allot(self, call: Call) -> Mapping[int, Keep]:
         """Every layer."""
         method, lengths = self.method, _lengths(call)
-        drops = torch.as_tensor(method.drop(call)).expand(len(lengths)).tolist()
+        drops = torch.as_tensor(method.drop(call), dtype=torch.float64).expand(len(lengths)).tolist()
         rows = [
             search(_scores(call, row), drop, seen, method.protect, method.tolerance)
             for row, (seen, drop) in enumerate(zip(lengths, drops, strict=True))

@@ -306,3 +306,12 @@ def test_a_second_turn() -> None:
             assert {p for p in layer[0] if p < 40} <= set(before[i][0, 0].tolist())
     kept = {i: k[0].expand(2, -1) for i, k in before.items()}
     torch.testing.assert_close(logits, masked(model, first, second, kept), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [8, 20, 60])
+def test_a_budget_in_tokens_is_kept_to(length: int) -> None:
+    model = tiny()
+    with elision.apply(model, "elastic_cache", budget=20) as run:
+        model.generate(tokens(1, length), max_new_tokens=40, do_sample=False)
+        assert set(run.report().slots.values()) == {20}
+    assert sum(run.report().evicted.values()) > 0

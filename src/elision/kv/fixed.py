@@ -22,14 +22,17 @@ def held(store: LayerStore) -> Keep:
     return store.dense.n if valid is None else valid[:, 0].sum(-1)
 
 
-def share_of(budget: int | float | str, call: Call) -> float | Tensor:
-    """`budget` as a share of the real tokens seen by now, at most 1: one number, or one per row [B], float64."""
+def share_of(budget: int | float | str, call: Call) -> tuple[float | Tensor, Keep]:
+    """`budget` as a share of the real tokens seen by now, at most 1, and in tokens (0 if it is a share).
+
+    Each is one number or one per row [B]; shares are float64.
+    """
     if isinstance(budget, float):
-        return budget
+        return budget, 0
     tokens, seen = tokens_of(budget, call), call.lengths
     if isinstance(seen, Tensor):
-        return (tokens / seen.double()).clamp(max=1.0)
-    return min(int(tokens) / seen, 1.0)
+        return (tokens / seen.double()).clamp(max=1.0), tokens
+    return min(int(tokens) / seen, 1.0), tokens
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,11 @@ def by_row(one: Callable[..., Sequence[float]], call: Call, *args: float | Tenso
 
 @dataclass(frozen=True)
 class Fraction:
-    """While decoding, every layer holds a constant share of all tokens seen, `state["share"]`, and not one more.
+    """While decoding, every layer holds `state["share"]` of all tokens seen and `state["room"]` more.
 
-    One token is let go for every new one that finds the cache over its share by a whole token. When several tokens
-    came in one forward, each is counted as if it had come alone.
+    One of the two is 0: layers grow with the stream, or stay as they are. One token is let go for every new one that
+    finds the layer over that by a whole token. When several tokens came in one forward, each is counted as if it had
+    come alone.
     """
 
     def allot(self, call: Call) -> Mapping[int, Keep]:
@@ -85,7 +89,7 @@ class Fraction:
         have, seen = (x.double() if isinstance(x, Tensor) else x for x in (n, call.lengths))
         gone: Keep = 0
         for back in reversed(range(call.m)):
-            over = (have - gone - back) - (seen - back) * state["share"]
+            over = (have - gone - back) - (seen - back) * state["share"] - state["room"]
             gone = gone + (over >= 1)
         if not bool(gone.any() if isinstance(gone, Tensor) else gone):
             return {}

@@ -41,9 +41,11 @@ def threshold(scores: Sequence[Tensor], target: float, protect: int, tolerance: 
 def rescale(forget: Tensor, target: float, limits: Tensor) -> Tensor:
     """Counts [L] scaled to `target` in total and truncated; what a layer cannot drop is spread over those that can."""
     total = float(forget.sum())
-    if not total:
-        return forget
-    wanted = forget * (target / torch.tensor(total, dtype=torch.float64))
+    wanted = (
+        forget.double() * (target / total)
+        if total
+        else torch.full_like(forget, target / len(forget), dtype=torch.float64)
+    )
     while True:
         excess = (wanted - limits).clamp(min=0).sum()
         wanted = torch.minimum(wanted, limits.double())
@@ -55,9 +57,17 @@ def rescale(forget: Tensor, target: float, limits: Tensor) -> Tensor:
 
 
 def search(scores: Sequence[Tensor], drop: float, seen: int, protect: int, tolerance: float) -> Tensor:
-    """Drop ratios [L] of one prompt, float64: shares of the `seen` tokens that each layer is without afterwards."""
+    """Drop ratios [L] of one prompt, float64: shares of the `seen` tokens that each layer is without afterwards.
+
+    Where even the protected tokens alone are too many, the ratio is the same in all layers.
+    """
     lengths = torch.tensor([len(s) for s in scores])
     before = seen - lengths  # dropped in earlier turns
-    target = max(drop * len(scores) * seen - int(before.sum()), 0.0)
-    forget = rescale(threshold(scores, target, protect, tolerance)[1].cpu(), target, (lengths - protect).clamp(min=0))
+    target = drop * len(scores) * seen - int(before.sum())
+    limits = (lengths - protect).clamp(min=0)
+    if target <= 0:
+        return before.double() / seen
+    if target > int(limits.sum()):
+        return torch.full((len(scores),), drop, dtype=torch.float64)
+    forget = rescale(threshold(scores, target, protect, tolerance)[1].cpu(), target, limits)
     return (before + forget).double() / seen

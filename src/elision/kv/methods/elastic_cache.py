@@ -17,8 +17,9 @@ next call fail, which is an error here). The release mixes up the rows of a batc
 In paper mode a deletion point below `start_size` is moved up to it. Where no anchor is left (a very high ratio), tokens
 are dropped; the release fails there.
 
-Not in the paper (inferred): a later turn scores by its own rows, counts what is held against all tokens seen, and
-merges once more; nearness is measured in true positions.
+Not in the paper (inferred): a budget in tokens or bytes is kept to while decoding, too, instead of a share; a later
+turn scores by its own rows, counts what is held against all tokens seen, and merges once more; nearness is measured in
+true positions.
 
 `position="compressed"` places new tokens at the length of the first layer's cache, as the release does on the library
 version that it is pinned to; the default keeps true positions.
@@ -59,7 +60,7 @@ class ElasticCache(EvictingMethod):
 
     budget: int | float | str = option(
         0.8,
-        "what every layer holds: a share of all tokens, or tokens or bytes ('64MiB') that fix it at the prompt's end",
+        "what every layer holds: a share of all tokens seen, tokens, or bytes of the whole cache per row ('64MiB')",
     )
     ratio: float | None = option(
         None, "share of the tokens to drop, instead of the budget (the paper's name)", ge=0, le=1
@@ -86,8 +87,8 @@ class ElasticCache(EvictingMethod):
             Rule(steps, _Point(), Fraction(), Evict()),
         ]
 
-    def plan(self, n: int, seen: int, share: float) -> tuple[int, int, float]:
-        """After a prompt: how many of n held tokens stay, and the deletion point; `seen` tokens passed so far."""
+    def plan(self, n: int, seen: int, share: float, room: int) -> tuple[int, int, float]:
+        """After a prompt: how many of n held tokens stay, the deletion point, and the share that grows from then on."""
         forget = max(int(n - seen * share), 0)
         point = n - forget + self.distance if self.distance < 0 else self.distance
         gone = forget + 1 if forget else 0
@@ -95,7 +96,7 @@ class ElasticCache(EvictingMethod):
             point = max(point, self.start_size)
         elif forget == 1:
             gone, point = 1, 0
-        return n - min(gone, max(n - self.start_size - 1, 0)), point, share
+        return n - min(gone, max(n - self.start_size - 1, 0)), point, 0.0 if room else share
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,10 @@ class _Prompt:
     def allot(self, call: Call) -> Mapping[int, Keep]:
         """This layer."""
         method, store = self.method, call.store
-        share = 1 - method.ratio if method.ratio is not None else share_of(method.budget, call)
-        n = held(store)
-        stay, point, share = by_row(method.plan, call, n, call.lengths, share)
-        store.state["point"], store.state["share"] = point, share
+        share, room = (1 - method.ratio, 0) if method.ratio is not None else share_of(method.budget, call)
+        n, state = held(store), store.state
+        state["room"] = room
+        stay, state["point"], state["share"] = by_row(method.plan, call, n, call.lengths, share, room)
         if not bool((n > stay).any() if isinstance(stay, Tensor) else n > stay):
             store.state.pop("sums")
             return {}

@@ -20,8 +20,9 @@ their mean (inferred). The published ratio files belong to LLaVA-1.5 and are not
 What differs from the release: the search ends after 50 halvings with the best threshold found, where the released
 loop may run forever; counts above what a layer can drop are cut and spread over the others (inferred; the release lets
 such a layer keep its protected tokens only); deletion points are set also where nothing was dropped; each row of a
-batch has its own length and, without a profile, its own ratios. A later turn (inferred) scores by its own rows and
-counts what is held against all tokens seen.
+batch has its own length and, without a profile, its own ratios. Inferred, too: a budget in tokens or bytes is kept to
+while decoding instead of a share; a prompt too short for its budget gives every layer the same ratio; a later turn
+scores by its own rows and counts what is held against all tokens seen.
 
 `position="compressed"` places new tokens at the length of the first layer's cache, as the release does on the library
 version that it is pinned to; the default keeps true positions.
@@ -67,7 +68,7 @@ class PrefixKV(EvictingMethod):
 
     budget: int | float | str = option(
         0.2,
-        "layers hold on average: a share of all tokens, or tokens or bytes ('64MiB') that fix it at the prompt's end",
+        "layers hold on average: a share of all tokens seen, tokens, or bytes of the whole cache per row ('64MiB')",
     )
     ratio: float | None = option(
         None, "share of the tokens to drop, instead of the budget (the paper's name)", ge=0, le=1
@@ -104,24 +105,34 @@ class PrefixKV(EvictingMethod):
             first = Rule(through, PromptSums(), _Sample(self), evict)
         return [first, Rule(steps, FixedSlot(), Fraction(), Evict())]
 
-    def drop(self, call: Call) -> float | Tensor:
-        """Share of all tokens seen that layers are to be without, on average: one number, or one per row [B]."""
-        return 1 - share_of(self.budget, call) if self.ratio is None else self.ratio
+    def drop(self, call: Call) -> tuple[float | Tensor, Keep]:
+        """Share of all tokens seen that layers are to be without, on average, and the budget in tokens (0: a share).
 
-    def plan(self, n: int, seen: int, ratio: float) -> tuple[int, int, float]:
-        """After a prompt: how many of n held tokens stay, the deletion point, and the share that stays from then on."""
-        stay = min(max(seen - round(ratio * seen), self.start_size + 1), n)
+        Each is one number, or one per row [B].
+        """
+        if self.ratio is not None or self.ratios is not None:
+            return self.ratio or 0.0, 0
+        share, room = share_of(self.budget, call)
+        return 1 - share, room
+
+    def plan(self, n: int, seen: int, ratio: float, room: int) -> tuple[int, int, float, int]:
+        """After a prompt: how many of n held tokens stay, the deletion point, and what stays from then on.
+
+        That is a share of all tokens, or a number of them.
+        """
+        stay = min(max(seen - round(ratio * seen), self.protect), n)
         point = stay + self.distance if self.distance < 0 else self.distance
-        return stay, max(point if point >= 1 else stay // 2, 1), 1 - ratio
+        point = max(point if point >= 1 else stay // 2, 1)
+        return (stay, point, 0.0, stay if stay < n else max(room, stay)) if room else (stay, point, 1 - ratio, 0)
 
-    def settle(self, call: Call, layer: int, ratio: float | Tensor) -> Mapping[int, Keep]:
+    def settle(self, call: Call, layer: int, ratio: float | Tensor, room: Keep) -> Mapping[int, Keep]:
         """Write the plan of one layer down; what it is to hold, if anything has to go."""
         store = call.book.stores[layer]
-        n = held(store)
-        stay, store.state["point"], store.state["share"] = by_row(self.plan, call, n, call.lengths, ratio)
+        n, state = held(store), store.state
+        stay, state["point"], state["share"], state["room"] = by_row(self.plan, call, n, call.lengths, ratio, room)
         if bool((n > stay).any() if isinstance(stay, Tensor) else n > stay):
             return {layer: stay}
-        store.state.pop("sums")
+        state.pop("sums")
         return {}
 
     def fit(self, target: Any, calls: Sequence[Any], **settings: Any) -> Profile:
@@ -188,13 +199,14 @@ class _Known:
 
     def allot(self, call: Call) -> Mapping[int, Keep]:
         """This layer."""
-        drop = torch.as_tensor(self.method.drop(call), dtype=torch.float64).cpu()
+        share, room = self.method.drop(call)
+        drop = torch.as_tensor(share, dtype=torch.float64).cpu()
         drops, ratios = self.table
         mine = ratios[:, self.layers.index(call.layer)]
         after = torch.searchsorted(drops, drop).clamp(1, len(drops) - 1)
         part = (drop - drops[after - 1]) / (drops[after] - drops[after - 1])
         ratio = torch.lerp(mine[after - 1], mine[after], part)
-        return self.method.settle(call, call.layer, ratio if ratio.ndim else float(ratio))
+        return self.method.settle(call, call.layer, ratio if ratio.ndim else float(ratio), room)
 
 
 @dataclass(frozen=True)
@@ -206,7 +218,8 @@ class _Sample:
     def allot(self, call: Call) -> Mapping[int, Keep]:
         """Every layer."""
         method, lengths = self.method, _lengths(call)
-        drops = torch.as_tensor(method.drop(call), dtype=torch.float64).expand(len(lengths)).tolist()
+        share, room = method.drop(call)
+        drops = share.tolist() if isinstance(share, Tensor) else [share] * len(lengths)
         rows = [
             search(_scores(call, row), drop, seen, method.protect, method.tolerance)
             for row, (seen, drop) in enumerate(zip(lengths, drops, strict=True))
@@ -214,7 +227,7 @@ class _Sample:
         ratios = torch.stack(rows)  # [B, L]
         found: dict[int, Keep] = {}
         for i, layer in enumerate(call.book.stores):
-            found |= method.settle(call, layer, ratios[:, i] if len(rows) > 1 else float(ratios[0, i]))
+            found |= method.settle(call, layer, ratios[:, i] if len(rows) > 1 else float(ratios[0, i]), room)
         return found
 
 

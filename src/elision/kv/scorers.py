@@ -32,7 +32,8 @@ def pool(score: Tensor, kernel: int, kind: Literal["avg", "max"] = "avg") -> Ten
         return score
     if kind == "max":
         return functional.max_pool1d(score, kernel, stride=1, padding=kernel // 2)[..., : score.shape[-1]]
-    return functional.avg_pool1d(score, kernel, stride=1, padding=kernel // 2)[..., : score.shape[-1]]
+    windows = functional.pad(score, (kernel // 2, kernel // 2)).unfold(-1, kernel, 1)  # faster than avg_pool1d
+    return windows.sum(-1)[..., : score.shape[-1]] / kernel
 
 
 def by_position(score: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,3 +108,35 @@ class Window:
 def last_row(call: Call, reduce: Reduce = "mean") -> Tensor:
     """Weights of the newest query over every slot, [B, G or 1, n]."""
     return reduce_group(call.probs(1)[:, :, :, 0], reduce)
+
+
+@dataclass(frozen=True)
+class LastRow:
+    """Weights of the newest query alone (TOVA)."""
+
+    reduce: Reduce = "mean"
+
+    def observe(self, call: Call) -> None:
+        """Nothing to remember."""
+
+    def score(self, call: Call, store: LayerStore) -> Tensor:
+        """[B, G or 1, n]."""
+        return last_row(call, self.reduce)
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The newer, the better."""
+
+    def observe(self, call: Call) -> None:
+        """Nothing to remember."""
+
+    def score(self, call: Call, store: LayerStore) -> Tensor:
+        """[B, 1, n]."""
+        del call
+        return newest(store)
+
+
+def newest(store: LayerStore) -> Tensor:
+    """Positions of the dense slots as scores, [B, G or 1, n]."""
+    return store.positions()[:, :, -store.dense.n :]

@@ -247,6 +247,8 @@ class LayerStore:
             held.append(torch.arange(first, self.seen, dtype=torch.int32, device=k.device).expand(len(k), 1, -1))
         if not held:
             return torch.zeros(1, 1, 0, dtype=torch.int32)
+        if len(held) == 1:
+            return held[0]
         heads = max(p.shape[1] for p in held)
         return torch.cat([p.expand(-1, heads, -1) for p in held], 2)
 
@@ -312,6 +314,18 @@ class LayerStore:
         self.untidy()
         self.evicted += self.dense["k"].shape[1] * len(victim)
         self.dense.overwrite(victim)
+
+    def blank(self, slot: Tensor, rows: Tensor) -> None:
+        """Drop the token in `slot` [B, G or 1] where `rows` [B, 1] says so, without moving anything."""
+        self.untidy()
+        n, heads = self.dense.n, slot.shape[1]
+        valid = self.dense.get("valid")
+        if valid is None:
+            valid = torch.ones(len(slot), heads, n, dtype=torch.bool, device=slot.device)
+        valid = valid.expand(-1, max(valid.shape[1], heads), -1)
+        spare = valid.scatter(-1, slot.expand(-1, valid.shape[1])[:, :, None], False)
+        self.evicted += int(rows.sum()) * self.dense["k"].shape[1]
+        self.dense["valid"] = torch.where(rows[:, :, None], spare, valid)
 
     def crop(self, count: int) -> None:
         """Forget the newest `count` tokens seen, wherever their slots are."""

@@ -1,0 +1,1 @@
+"""Tensor parts that families share."""

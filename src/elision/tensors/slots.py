@@ -76,7 +76,7 @@ class Rows:
         order = torch.arange(width - 1, -1, -1, device=self.pos.device).expand(batch, -1)
         place.scatter_(1, other.pos.flip(1), order)
         found = place.gather(1, self.pos)
-        return found.clamp_(min=0), found >= 0
+        return found.clamp(min=0), found >= 0
 
 
 class RowSlots:

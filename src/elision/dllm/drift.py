@@ -1,0 +1,108 @@
+"""Attention rows of single tokens: how they are remembered from step to step, and how much two of them differ.
+
+Keeping the whole N × N attention of every layer only to compare a few rows would cost more than the comparison saves.
+A layer that took every position therefore leaves its queries and keys behind, and a row is worked out from them if its
+token turns out to be wanted. A layer that took a few positions leaves the rows that it had to compute anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from elision.dllm.model import Block
+from elision.tensors.slots import Rows
+
+
+def over_heads(weights: Tensor, how: str) -> Tensor:
+    """Attention weights [B, G, g, m, n] of all heads as one [B, m, n]."""
+    flat = weights.flatten(1, 2)
+    return flat.mean(dim=1) if how == "mean" else flat.amax(dim=1)
+
+
+def similarity(before: Tensor, now: Tensor, valid: Tensor, how: str) -> Tensor:
+    """σ [B], the cosine between attention rows [B, τ, n] of the same tokens at two steps.
+
+    Args:
+        before, now: the rows.
+        valid: [B, τ] which of them count; a batch row without any has σ = 1.
+        how: rows, the mean of the cosines of the rows; joined, one cosine over all of them joined.
+    """
+    keep = valid[:, :, None].to(now.dtype)
+    if how == "joined":
+        a, b = (before * keep).flatten(1), (now * keep).flatten(1)
+        cosine = (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-30)
+        return torch.where(valid.any(dim=1), cosine, torch.ones_like(cosine))
+    dots = (before * now).sum(dim=-1)
+    cosines = dots / (before.norm(dim=-1) * now.norm(dim=-1)).clamp(min=1e-30)  # [B, τ]
+    count = valid.sum(dim=1)
+    mean = (cosines * valid).sum(dim=1) / count.clamp(min=1)
+    return torch.where(count > 0, mean, torch.ones_like(mean))
+
+
+class RowMemory:
+    """The last attention row of every token at every layer.
+
+    Args:
+        blocks: the layers.
+        batch, length: B and N.
+        mask: padding mask of the keys [B, 1, 1, N], or None.
+        heads: how heads become one, see `over_heads`.
+    """
+
+    def __init__(self, blocks: list[Block], batch: int, length: int, mask: Tensor | None, heads: str) -> None:
+        self.blocks, self.length, self.mask, self.heads = blocks, length, mask, heads
+        self._whole: list[tuple[Tensor, Tensor] | None] = [None] * len(blocks)
+        self._single: list[Tensor | None] = [None] * len(blocks)
+        self._has = torch.zeros(len(blocks), batch, length, dtype=torch.bool)
+        self.batch = batch
+
+    def took_all(self, layer: int, q: Tensor, k: Tensor) -> None:
+        """Layer `layer` took positions 0 .. N' of q [B, N', Hq, D] over keys k [B, N, G, D]."""
+        self._whole[layer] = (q, k)
+        self._has[layer] = False
+
+    def took(self, layer: int, rows: Rows, attention: Tensor) -> None:
+        """Layer `layer` took `rows` alone and has their attention [B, m, N]."""
+        held = self._single[layer]
+        if held is None:
+            held = self._single[layer] = attention.new_zeros(self.batch * self.length, self.length)
+        held.index_copy_(0, rows.flat, attention.flatten(0, 1))
+        if self._has.device != rows.pos.device:
+            self._has = self._has.to(rows.pos.device)
+        self._has[layer].scatter_(1, rows.pos, True)
+
+    def forget(self) -> None:
+        """Only what the coming step computes shall count."""
+        self._whole = [None] * len(self.blocks)
+        self._has.zero_()
+
+    def recall(self, rows: Rows) -> tuple[list[Tensor], Tensor]:
+        """The last rows [B, τ, N] of `rows` at every layer, and [L, B, τ] which of them exist."""
+        if self._has.device != rows.pos.device:
+            self._has = self._has.to(rows.pos.device)
+        has = self._has.gather(2, rows.pos.expand(len(self.blocks), -1, -1))
+        complete = has.flatten(1).all(dim=1).tolist()
+        out, valid = [], has.clone()
+        for layer, block in enumerate(self.blocks):
+            single, whole = self._single[layer], self._whole[layer]
+            found = None
+            if single is not None:
+                found = single.index_select(0, rows.flat).view(*rows.pos.shape, self.length)
+            if not complete[layer] and whole is not None:
+                q, k = whole
+                picked = q.gather(1, rows.pos[:, :, None, None].expand(-1, -1, *q.shape[2:]))
+                made = over_heads(block.weights(picked, k, self.mask), self.heads)
+                found = made if found is None else torch.where(has[layer][:, :, None], found, made)
+                valid[layer] = True
+            assert found is not None or whole is not None or not bool(has[layer].any())
+            out.append(rows.pos.new_zeros(*rows.pos.shape, self.length, dtype=torch.float32) if found is None else found)
+        return out, valid
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that is held."""
+        for pair in self._whole:
+            yield from pair or ()
+        yield from (tensor for tensor in self._single if tensor is not None)

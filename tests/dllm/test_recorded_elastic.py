@@ -94,11 +94,16 @@ def test_joined_sigma(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     o = case.options
     joined: list[Tensor] = []
 
-    def both(before: Tensor, now: Tensor, valid: Tensor, how: str) -> Tensor:
-        joined.append(drift.similarity(before, now, valid, "joined"))
-        return drift.similarity(before, now, valid, how)
+    class Both(drift.Drift):
+        def __init__(self, before: list[Tensor], valid: Tensor, how: str) -> None:
+            super().__init__(before, valid, how)
+            self.other = drift.Drift(before, valid, "joined")
 
-    monkeypatch.setattr(elastic_cache_dllm, "similarity", both)
+        def sigma(self, layer: int, now: Tensor) -> Tensor:
+            joined.append(self.other.sigma(layer, now))
+            return super().sigma(layer, now)
+
+    monkeypatch.setattr(elastic_cache_dllm, "Drift", Both)
     lm = recorded_lm(SLUG, o["weights"])
     method = ElasticCache(gamma=o["gamma"], beta=o["beta"], eps=o["eps"], track=o.get("track", 1))
     with elision.apply(lm, method) as run:

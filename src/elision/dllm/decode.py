@@ -288,7 +288,7 @@ class Sampler:
         where = step.need.pos + int(self.shift)  # [B, m]
         wanted = step.eligible if step.next is None else step.next
         live = wanted.gather(1, where)
-        live &= torch.arange(where.shape[1], device=where.device) < torch.tensor(step.need.count, device=where.device)[:, None]
+        live &= step.need.real()
         tokens, confidence = self._choose(step, logits, where)
         if exists is not None:
             lost = live & ~exists

@@ -22,24 +22,38 @@ def over_heads(weights: Tensor, how: str) -> Tensor:
     return flat.mean(dim=1) if how == "mean" else flat.amax(dim=1)
 
 
-def similarity(before: Tensor, now: Tensor, valid: Tensor, how: str) -> Tensor:
-    """σ [B], the cosine between attention rows [B, τ, n] of the same tokens at two steps.
+class Drift:
+    """Cosines between the attention rows of the same tokens at two steps, with everything about the first prepared.
 
     Args:
-        before, now: the rows.
-        valid: [B, τ] which of them count; a batch row without any has σ = 1.
-        how: rows, the mean of the cosines of the rows; joined, one cosine over all of them joined.
+        before: rows [B, τ, n] of the first step, by layer.
+        valid: [L, B, τ] which of them count.
+        how: rows, σ is the mean of the cosines of the rows; joined, one cosine over all of them joined.
     """
-    keep = valid[:, :, None].to(now.dtype)
-    if how == "joined":
-        a, b = (before * keep).flatten(1), (now * keep).flatten(1)
-        cosine = (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-30)
-        return torch.where(valid.any(dim=1), cosine, torch.ones_like(cosine))
-    dots = (before * now).sum(dim=-1)
-    cosines = dots / (before.norm(dim=-1) * now.norm(dim=-1)).clamp(min=1e-30)  # [B, τ]
-    count = valid.sum(dim=1)
-    mean = (cosines * valid).sum(dim=1) / count.clamp(min=1)
-    return torch.where(count > 0, mean, torch.ones_like(mean))
+
+    def __init__(self, before: list[Tensor], valid: Tensor, how: str) -> None:
+        self.joined = how == "joined"
+        self.before = before
+        count = valid.sum(dim=2, keepdim=True)
+        self._none = (count[:, :, 0] == 0).float()  # a batch row without any has σ = 1
+        self._weight = valid / count.clamp(min=1)
+        self._keep = valid[:, :, :, None].float()
+        if self.joined:
+            self._unit = [x * keep for x, keep in zip(before, self._keep, strict=True)]
+            self._unit = [x / _norm(x.flatten(1), keepdim=True)[:, :, None] for x in self._unit]
+        else:
+            self._unit = [x / _norm(x, keepdim=True) for x in before]
+
+    def sigma(self, layer: int, now: Tensor) -> Tensor:
+        """σ [B] of `layer` with rows now [B, τ, n]."""
+        dots = (self._unit[layer] * now).sum(dim=2)  # [B, τ]
+        if self.joined:
+            return dots.sum(dim=1) / _norm((now * self._keep[layer]).flatten(1)) + self._none[layer]
+        return (dots / _norm(now) * self._weight[layer]).sum(dim=1) + self._none[layer]
+
+
+def _norm(x: Tensor, *, keepdim: bool = False) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=keepdim).clamp(min=1e-30)
 
 
 class RowMemory:

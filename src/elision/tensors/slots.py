@@ -68,6 +68,11 @@ class Rows:
         out = torch.zeros(self.pos.shape[0], self.length, dtype=torch.bool, device=self.pos.device)
         return out.scatter_(1, self.pos, True)
 
+    def real(self) -> Tensor:
+        """[B, m], false at the positions that are repeated to fill up."""
+        place = torch.arange(self.pos.shape[1], device=self.pos.device)
+        return place < torch.tensor(self.count, device=self.pos.device)[:, None]
+
     def index_in(self, other: Rows) -> tuple[Tensor, Tensor]:
         """Where each position stands in `other`: index [B, m] into its rows, and whether it is there at all."""
         batch, width = other.pos.shape

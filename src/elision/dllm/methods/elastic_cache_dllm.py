@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from elision.dllm.decode import Step
-from elision.dllm.drift import RowMemory, over_heads, similarity
-from elision.dllm.model import MaskedLM
+from elision.dllm.drift import Drift, RowMemory, over_heads
+from elision.dllm.model import MaskedLM, Rotation
 from elision.dllm.passes import Net
 from elision.dllm.policy import DllmMethod, Policy
 from elision.method import Paper, option, register
@@ -111,7 +111,7 @@ class _Elastic(Policy):
         self.o, self.late = options, late
         self.memory: RowMemory | None = None
         self.tracked: Rows | None = None  # T of the step before, [B, τ]
-        self.before: tuple[list[Tensor], Tensor] = ([], torch.empty(0))  # its attention rows there, and which exist
+        self.drift: Drift | None = None  # from its attention rows there
         self.window = torch.empty(0)
         self.reach = 0
         self.log: dict[str, list[Any]] = {"sigma": [], "lstar": [], "tracked": []}
@@ -129,7 +129,8 @@ class _Elastic(Policy):
         else:
             h, rows, lstar = now.step()
         self.tracked = Rows.where(torch.zeros_like(now.decided).scatter_(1, torch.cat(now.picks, dim=1), True))
-        self.before = self.memory.recall(self.tracked)
+        found, valid = self.memory.recall(self.tracked)
+        self.drift = Drift(found, valid & self.tracked.real(), self.o.sigma)
         self.window = now.eligible
         self.log["sigma"].append(torch.stack(now.sigma, dim=1))
         self.log["lstar"].append(lstar)
@@ -138,7 +139,7 @@ class _Elastic(Policy):
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self.memory.tensors() if self.memory else ()
-        yield from self.before[0]
+        yield from self.drift.before if self.drift else ()
 
     def facts(self) -> dict[str, Any]:
         """σ [calls, B, L], the last layer that reused [calls], tracked positions [calls, L, B, track]."""
@@ -154,8 +155,7 @@ class _Now:
         self.state, self.o, self.step_, self.net, self.memory = state, state.o, step, net, state.memory
         self.eligible = net.expand(step.eligible)
         self.window = step.need.repeat(net.branches) if not net.lm.shift else Rows.where(self.eligible)
-        real = torch.arange(self.window.pos.shape[1], device=net.lm.device)
-        self.weight = (real < torch.tensor(self.window.count, device=net.lm.device)[:, None]).float()
+        self.weight = self.window.real().float()  # [B, β]
         self.decided = ~net.expand(step.masked)
         if net.mask is not None:
             self.decided &= net.mask[:, 0, 0]
@@ -175,10 +175,12 @@ class _Now:
             wanted &= ~net.expand(self.step_.committed)
         rows = Rows.where(wanted)
         rotation, h = net.rotation.at(rows.pos), net.embed(self.step_, rows)
-        places = self.state.tracked.index_in(rows), self.window.index_in(rows)
+        place, there = self.window.index_in(rows)
+        voters = torch.zeros(rows.pos.shape, device=rows.pos.device).scatter_add_(1, place, self.weight * there)
+        tracked = self.state.tracked.index_in(rows)[0][:, :, None].expand(-1, -1, net.length)
         lstar = L
         for layer in range(L):
-            h = self._reuse(layer, h, rows, rotation, places)
+            h = self._reuse(layer, h, rows, rotation, tracked, voters)
             if not self.state.late and bool((self.sigma[layer] < o.gamma).any()):
                 lstar = layer + 1
                 break
@@ -197,19 +199,19 @@ class _Now:
         net.note(rows, lstar, reach)
         return h, None, lstar
 
-    def _reuse(self, layer: int, h: Tensor, rows: Rows, rotation: Any, places: Any) -> Tensor:
-        block, slots, net = self.net.lm.blocks[layer], self.net.held, self.net
+    def _reuse(
+        self, layer: int, h: Tensor, rows: Rows, rotation: Rotation, tracked: Tensor, voters: Tensor
+    ) -> Tensor:
+        block, slots = self.net.lm.blocks[layer], self.net.held
+        assert self.state.drift is not None
         slots.write_h(layer, rows, h)
         q, k, v = block.project(h, rotation)
         slots.write(layer, rows, k, v)
-        net.count(rows)
-        weights = block.weights(q, slots.k(layer), net.mask)
+        self.net.count(rows)
+        weights = block.weights(q, slots.k(layer), self.net.mask)
         attention = over_heads(weights, self.o.heads)  # S [B, |Q|, N]
-        (of_tracked, _), (of_window, there) = places
-        now = _rows(attention, of_tracked)
-        valid = self.state.before[1][layer] & self._real(self.state.tracked)
-        self.sigma[layer] = similarity(self.state.before[0][layer], now, valid, self.o.sigma)
-        self._pick(layer, _rows(attention, of_window) * there[:, :, None])
+        self.sigma[layer] = self.state.drift.sigma(layer, attention.gather(1, tracked))
+        self._pick(layer, attention, voters)
         self.memory.took(layer, rows, attention)
         return block.finish(h, block.mix(weights, slots.v(layer)))
 
@@ -225,11 +227,11 @@ class _Now:
         self.memory.took_all(layer, q, k)
         index = self.window.pos[:, :, None, None].expand(-1, -1, *q.shape[2:])
         attention = over_heads(self.net.lm.blocks[layer].weights(q.gather(1, index), k, self.net.mask), self.o.heads)
-        self._pick(layer, attention)
+        self._pick(layer, attention, self.weight)
 
-    def _pick(self, layer: int, attention: Tensor) -> None:
-        """The decided tokens that the window's rows [B, β, N] attend most."""
-        score = (attention * self.weight[:, :, None]).sum(dim=1).masked_fill(~self.decided, -1)
+    def _pick(self, layer: int, attention: Tensor, voters: Tensor) -> None:
+        """The decided tokens that the window's rows attend most; attention [B, m, N], voters [B, m] 1 at these rows."""
+        score = (voters[:, None] @ attention)[:, 0].masked_fill(~self.decided, -1)
         self.picks[layer] = score.topk(min(self.o.track, self.step_.prompt), dim=1).indices
 
     def _reach(self) -> int | None:
@@ -239,12 +241,3 @@ class _Now:
         end = self.step_.prompt + -(-last // self.o.mask_block) * self.o.mask_block
         self.state.reach = max(self.state.reach, min(end, self.net.length))
         return self.state.reach
-
-    def _real(self, rows: Rows | None) -> Tensor:
-        assert rows is not None
-        place = torch.arange(rows.pos.shape[1], device=rows.pos.device)
-        return place < torch.tensor(rows.count, device=rows.pos.device)[:, None]
-
-
-def _rows(attention: Tensor, index: Tensor) -> Tensor:
-    return attention.gather(1, index[:, :, None].expand(-1, -1, attention.shape[2]))

@@ -80,7 +80,9 @@ class Replay(Noise):
         super().__init__()
         self.table = table
 
-    def draw(self, purpose: str, number: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    def draw(
+        self, purpose: str, number: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
         return self.table[purpose, number].to(dtype)
 
 

@@ -56,10 +56,6 @@ def noise_of(case: Recorded) -> Noise:
     return Replay(table) if table else Noise()
 
 
-def all_logits(lm: dllm.MaskedLM, net: Net, h: Tensor) -> Tensor:
-    return lm.head(h)
-
-
 @pytest.mark.parametrize("name", names(SLUG))
 def test_recorded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = recorded(SLUG)[name]
@@ -80,7 +76,7 @@ def test_recorded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if f"cache_k_{step.n}" in case:
             kept[step.n] = ([net.held.k(i).clone() for i in range(3)], [net.held.v(i).clone() for i in range(3)])
 
-    padding = case["attention_mask"] if "attention_mask" in case else None
+    padding = case.tensors.get("attention_mask")
     method = method_of(case)
     how = {"attention_mask": padding, "noise": noise_of(case), "on_step": on_step, **settings_of(case)}
     if method is None:

@@ -1,11 +1,11 @@
 """Masked-diffusion language models: decoding, and caches for models whose every row may change at every step.
 
-    from elision import dllm
+from elision import dllm
 
-    lm = dllm.load("GSAI-ML/LLaDA-8B-Instruct")
-    out = dllm.generate(lm, prompt_ids, gen_length=128, steps=128, block_length=32)            # no cache
-    with elision.apply(lm, "dkv_cache", interval=8) as run:
-        out = run.generate(prompt_ids, gen_length=128, steps=128, block_length=32)
+lm = dllm.load("GSAI-ML/LLaDA-8B-Instruct")
+out = dllm.generate(lm, prompt_ids, gen_length=128, steps=128, block_length=32)            # no cache
+with elision.apply(lm, "dkv_cache", interval=8) as run:
+    out = run.generate(prompt_ids, gen_length=128, steps=128, block_length=32)
 """
 
 from elision.dllm.checkpoints import load
@@ -19,8 +19,8 @@ __all__ = [
     "DllmApplied",
     "DllmReport",
     "DllmRun",
-    "Measured",
     "MaskedLM",
+    "Measured",
     "generate",
     "load",
     "masked_lm",

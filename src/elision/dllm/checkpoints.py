@@ -165,8 +165,8 @@ def _fill(cls: Any, config: Any, weights: dict[str, Tensor], dtype: torch.dtype 
     device = weights["model.embed_tokens.weight"].device
     model.load_state_dict(weights, strict=False, assign=True)
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight  # type: ignore[union-attr, assignment]
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)  # type: ignore[union-attr, assignment, operator]
+        model.lm_head.weight = model.model.embed_tokens.weight  # type: ignore[union-attr]
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)  # type: ignore[union-attr]
     return model.requires_grad_(False).eval()
 
 

@@ -1,4 +1,4 @@
-"""How a masked-diffusion language model is sampled: which positions may be decided at a call, which of them are, to what.
+"""How a masked-diffusion language model is sampled: which positions may be decided at a call, which are, and to what.
 
 The sampler owns masks, blocks, window and commits, and asks a function for the logits of a few positions; it knows no
 cache. LLaDA's decoding (blocks from left to right, a fixed number of tokens per call by confidence or at random),
@@ -31,8 +31,8 @@ class Decoding:
         gen_length: tokens to generate.
         steps: model calls over all blocks where the number of commits is scheduled; None makes it `gen_length`.
         block_length: length of the blocks that are decoded from left to right; None makes one block of everything.
-        remasking: which tokens are committed first. low_confidence: the most probable (LLaDA; float64). random: drawn at
-            every call. random_order: the order is drawn once per block. entropy, maskgit_plus, topk_margin: Dream's
+        remasking: which tokens are committed first. low_confidence: the most probable (LLaDA; float64). random: drawn
+            at every call. random_order: the order is drawn once per block. entropy, maskgit_plus, topk_margin: Dream's
             (float32): least entropy, greatest probability, greatest distance between the first two.
         schedule: tokens per call. uniform: equal parts, the first calls one more (LLaDA). time_grid: a share
             1 − s/t of the masks along linspace(1, 1e-3) (Dream). None chooses by `remasking`.
@@ -43,8 +43,8 @@ class Decoding:
         first_call: what the first call of a block commits. normal, or the first position of the block and nothing else
             (Fast-dLLM on Dream).
         min_calls: calls that a block gets even if nothing is left to commit (Fast-dLLM's released code: 2).
-        missing: a candidate whose logits were not computed is skipped, or committed first as token 0, which the released
-            code of dKV-Cache does under shift_type="right".
+        missing: a candidate whose logits were not computed is skipped, or committed first as token 0 (zero), which the
+            released code of dKV-Cache does under shift_type="right".
     """
 
     gen_length: int = 128
@@ -92,7 +92,8 @@ class Decoding:
             )
         if self.calls % self.blocks:
             raise OptionError(
-                f"steps={self.calls} cannot be shared equally by {self.blocks} blocks: choose a multiple of {self.blocks}"
+                f"steps={self.calls} cannot be shared equally by {self.blocks} blocks: choose a multiple of "
+                f"{self.blocks}"
             )
         if self.window is not None and self.block_length is not None:
             raise OptionError("window and block_length are two ways to go from left to right: give one of them")
@@ -162,7 +163,9 @@ class Step:
         return self.calls is not None and self.i >= self.calls
 
 
-Call = Callable[[Step], tuple[Tensor, Tensor | None]]  # logits [B, m, V] at `need`, and which of them exist [B, m] or None
+Call = Callable[
+    [Step], tuple[Tensor, Tensor | None]
+]  # logits [B, m, V] at `need`, and which of them exist [B, m] or None
 
 
 class Noise:
@@ -171,7 +174,9 @@ class Noise:
     def __init__(self, generator: torch.Generator | None = None) -> None:
         self.generator = generator
 
-    def draw(self, purpose: str, number: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    def draw(
+        self, purpose: str, number: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
         """Numbers for `purpose`: confidence (per call), order (per block) or token (per call)."""
         where = device if self.generator is None else self.generator.device
         return torch.rand(shape, generator=self.generator, device=where, dtype=dtype).to(device)
@@ -188,7 +193,9 @@ class Sampler:
         noise: random numbers.
     """
 
-    def __init__(self, prompt: Tensor, decoding: Decoding, mask_id: int, shift: bool, noise: Noise | None = None) -> None:
+    def __init__(
+        self, prompt: Tensor, decoding: Decoding, mask_id: int, shift: bool, noise: Noise | None = None
+    ) -> None:
         if prompt.ndim != 2 or prompt.shape[1] < 1:
             raise OptionError(f"prompt of shape {tuple(prompt.shape)}: give token ids [B, P] with at least one token")
         self.decoding, self.mask_id, self.shift = decoding, mask_id, shift
@@ -248,7 +255,9 @@ class Sampler:
             return 1
         if d.threshold is not None:
             return None
-        if i >= calls or (i == calls - 1 and d.time_grid):  # beyond the schedule only if a candidate could not be decided
+        if i >= calls or (
+            i == calls - 1 and d.time_grid
+        ):  # beyond the schedule only if a candidate could not be decided
             return d.block
         if d.time_grid:
             mean = torch.tensor(sum(left) / len(left))

@@ -48,12 +48,15 @@ class Drift:
         """σ [B] of `layer` with rows now [B, τ, n]."""
         dots = (self._unit[layer] * now).sum(dim=2)  # [B, τ]
         if self.joined:
-            return dots.sum(dim=1) / _norm((now * self._keep[layer]).flatten(1)) + self._none[layer]
-        return (dots / _norm(now) * self._weight[layer]).sum(dim=1) + self._none[layer]
+            cosine: Tensor = dots.sum(dim=1) / _norm((now * self._keep[layer]).flatten(1))
+        else:
+            cosine = (dots / _norm(now) * self._weight[layer]).sum(dim=1)
+        return cosine + self._none[layer]
 
 
 def _norm(x: Tensor, *, keepdim: bool = False) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=keepdim).clamp(min=1e-30)
+    size: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=keepdim)
+    return size.clamp(min=1e-30)
 
 
 class RowMemory:
@@ -112,7 +115,9 @@ class RowMemory:
                 found = made if found is None else torch.where(has[layer][:, :, None], found, made)
                 valid[layer] = True
             assert found is not None or whole is not None or not bool(has[layer].any())
-            out.append(rows.pos.new_zeros(*rows.pos.shape, self.length, dtype=torch.float32) if found is None else found)
+            out.append(
+                rows.pos.new_zeros(*rows.pos.shape, self.length, dtype=torch.float32) if found is None else found
+            )
         return out, valid
 
     def tensors(self) -> Iterator[Tensor]:

@@ -41,8 +41,8 @@ def attach(target: Any, methods: Sequence[Method], *, shadow: bool = False, **se
     mine = [m for m in methods if isinstance(m, DllmMethod)]
     if len(mine) != 1:
         raise Conflict(
-            f"{', '.join(m.name for m in methods)}: each decides which rows a call computes, so they cannot act together; "
-            "apply one of them"
+            f"{', '.join(m.name for m in methods)}: each decides which rows a call computes, so they cannot act "
+            "together; apply one of them"
         )
     return DllmApplied(target, mine[0], shadow=shadow)
 
@@ -103,7 +103,8 @@ class DllmApplied(Applied):
         apart = self.method.alone(self.lm) and len(prompt) > 1
         pieces = [slice(i, i + 1) for i in range(len(prompt))] if apart else [slice(None)]
         out = [
-            self._generate(prompt[s], None if mask is None else mask[s], settings, asked, noise, on_step) for s in pieces
+            self._generate(prompt[s], None if mask is None else mask[s], settings, asked, noise, on_step)
+            for s in pieces
         ]
         return torch.cat(out)
 
@@ -126,8 +127,8 @@ class DllmApplied(Applied):
         if self.method.elides and last.token_layers >= last.token_layers_asked:
             warnings.warn(
                 f"{self.method.name} elided nothing: {last.token_layers:,} token-layers ran in {last.calls} calls "
-                f"({last.full_calls} of them full), {last.token_layers_asked:,} without it; raise its interval or lower its "
-                "threshold, or generate more tokens",
+                f"({last.full_calls} of them full), {last.token_layers_asked:,} without it; raise its interval or "
+                "lower its threshold, or generate more tokens",
                 ElisionWarning,
                 stacklevel=3,
             )
@@ -255,7 +256,9 @@ class _Run:
             head_rows=book.head_rows,
             committed=int((~sampler.masked[:, sampler.prompt :]).sum()),
             seconds=self._total,
-            query=torch.stack(book.query).cpu() if book.query else torch.zeros(0, self.net.batch, self.net.length).bool(),
+            query=torch.stack(book.query).cpu()
+            if book.query
+            else torch.zeros(0, self.net.batch, self.net.length).bool(),
             depth=torch.tensor(book.depth, dtype=torch.long),
             reach=torch.tensor(book.reach, dtype=torch.long),
             stale=torch.stack(self._shadow[0]) if self._shadow and self._shadow[0] else None,
@@ -266,7 +269,10 @@ class _Run:
 
 def _difference(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Relative difference of K and V, the mean of both, by layer."""
-    rows = [sum((x - y).float().norm() / y.float().norm() for x, y in zip(p, q, strict=True)) / 2 for p, q in zip(a, b, strict=True)]
+    rows = [
+        sum((x - y).float().norm() / y.float().norm() for x, y in zip(p, q, strict=True)) / 2
+        for p, q in zip(a, b, strict=True)
+    ]
     return torch.stack([torch.as_tensor(row) for row in rows]).cpu()
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from elision.errors import OptionError, UnsupportedTarget
 
@@ -27,8 +27,9 @@ _SHIFTED = {"dream"}
 
 REFUSED = {
     "llada2": (
-        "LLaDA-2 attends causally between blocks, so the keys and values of finished blocks are exact and its own prefix "
-        "cache already elides what the methods of this family elide; use a fully bidirectional model (LLaDA, Dream)"
+        "LLaDA-2 attends causally between blocks, so the keys and values of finished blocks are exact and its own "
+        "prefix cache already elides what the methods of this family elide; use a fully bidirectional model, "
+        "such as LLaDA or Dream"
     ),
     "diffusion_gemma": (
         "DiffusionGemma has no [MASK] token: every canvas token is renoised and fed back through self-conditioning at "
@@ -77,8 +78,9 @@ class Block:
         attention = cast(Any, layer.self_attn)
         _expect(attention, _ATTENTION, _ATTENTION_EXTRA)
         self.attention = attention
-        self.norm_in, self.norm_mid, self.mlp = _m(layer, "input_layernorm"), _m(layer, "post_attention_layernorm"), layer.mlp
-        self.q, self.k, self.v, self.o = (_m(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+        whole = cast(Any, layer)
+        self.norm_in, self.norm_mid, self.mlp = whole.input_layernorm, whole.post_attention_layernorm, whole.mlp
+        self.q, self.k, self.v, self.o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.head_dim = int(attention.head_dim)
         self.heads = _width(self.q) // self.head_dim
@@ -87,8 +89,8 @@ class Block:
         for norm in (self.q_norm, self.k_norm):
             if norm is not None and norm.weight.numel() != self.head_dim:
                 raise UnsupportedTarget(
-                    f"{type(attention).__name__} norms queries over {norm.weight.numel()} channels: only norms over one "
-                    f"head ({self.head_dim}) are supported"
+                    f"{type(attention).__name__} norms queries over {norm.weight.numel()} channels: only norms over "
+                    f"one head ({self.head_dim}) are supported"
                 )
 
     def project(self, h: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +105,7 @@ class Block:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attention of q [B, m, Hq, D] over k, v [B, n, G, D]: [B, m, Hq · D]; mask [B, 1, 1, n], True attends."""
-        out = F.scaled_dot_product_attention(
+        out = scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
@@ -121,12 +123,12 @@ class Block:
         scores = scores.float() * self.scale
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
-        return scores.softmax(dim=-1).unflatten(2, (-1, rows))
+        return scores.softmax(dim=-1).view(batch, self.kv_heads, -1, rows, k.shape[1])
 
     def mix(self, weights: Tensor, v: Tensor) -> Tensor:
         """Values v [B, n, G, D] under weights [B, G, g, m, n]: [B, m, Hq · D]."""
         out = weights.flatten(2, 3).to(v.dtype) @ v.transpose(1, 2)  # [B, G, g · m, D]
-        return out.unflatten(2, weights.shape[2:4]).permute(0, 3, 1, 2, 4).flatten(2)
+        return out.view(*weights.shape[:4], -1).permute(0, 3, 1, 2, 4).flatten(2)
 
     def finish(self, h: Tensor, o: Tensor) -> Tensor:
         """The rest of the layer: h [B, m, d] with attention output o [B, m, Hq · D]."""
@@ -179,7 +181,8 @@ class MaskedLM:
         half = self.head_dim // 2
         if cos.shape[-1] != self.head_dim:
             raise UnsupportedTarget(
-                f"{type(self.model).__name__} rotates {cos.shape[-1]} of {self.head_dim} channels: partial rotation is not supported"
+                f"{type(self.model).__name__} rotates {cos.shape[-1]} of {self.head_dim} channels: partial rotation is "
+                "not supported"
             )
         signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
         return Rotation(cos[:, :, None], signed[:, :, None])
@@ -286,8 +289,9 @@ def _check_layout(model: nn.Module) -> None:
             "decoders are supported"
         )
     kinds = {k for k in getattr(config, "layer_types", None) or () if k != "full_attention"}
-    windows = {getattr(layer.self_attn, "sliding_window", None) for layer in cast(Any, decoder).layers if hasattr(layer, "self_attn")}
-    window = next((w for w in windows if w is not None), getattr(config, "sliding_window", None))
+    attention = [layer.self_attn for layer in cast(Any, decoder).layers if hasattr(layer, "self_attn")]
+    windows = [w for w in (getattr(a, "sliding_window", None) for a in attention) if w is not None]
+    window = windows[0] if windows else getattr(config, "sliding_window", None)
     if kinds or (window is not None and getattr(config, "use_sliding_window", True)):
         what = ", ".join(sorted(kinds)) or f"sliding_window={window}"
         raise UnsupportedTarget(
@@ -309,10 +313,6 @@ def _expect(module: nn.Module, needed: set[str], extra: set[str]) -> None:
 def _has_weights(module: nn.Module) -> bool:
     parts: Iterator[Tensor] = module.parameters()
     return next(parts, None) is not None
-
-
-def _m(owner: Any, name: str) -> Any:
-    return getattr(owner, name)
 
 
 def _width(linear: Any) -> int:

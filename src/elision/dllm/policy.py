@@ -78,8 +78,8 @@ class DllmMethod(Method):
         for name, value in settings.items():
             if name in asked and asked[name] != value:
                 raise OptionError(
-                    f"{self.name} decodes with {name}={value!r}, generate was asked for {asked[name]!r}: set the option of the "
-                    "method, or leave it out"
+                    f"{self.name} decodes with {name}={value!r}, generate was asked for {asked[name]!r}: set the "
+                    "option of the method, or leave it out"
                 )
         return {**asked, **settings}
 

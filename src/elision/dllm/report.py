@@ -121,7 +121,7 @@ class DllmReport(Report):
         lines.append(f"  seconds   {s.computing:.2f} computing, {s.deciding:.3f} deciding")
         lines.append(f"  bytes     {self.bytes_held:,} held, {self.bytes_peak:,} at the peak")
         if run is not None and run.stale is not None and run.drift is not None:
-            lines.append("  stale     " + " ".join(f"{x:.3f}" for x in run.stale.mean(dim=0).tolist()) + "  by layer")
-            lines.append("  drift     " + " ".join(f"{x:.3f}" for x in run.drift[1:].mean(dim=0).tolist()) + "  by layer")
+            for name, rows in (("stale", run.stale), ("drift", run.drift[1:])):
+                lines.append(f"  {name}     " + " ".join(f"{x:.3f}" for x in rows.mean(dim=0).tolist()) + "  by layer")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)

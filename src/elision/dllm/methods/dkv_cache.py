@@ -7,8 +7,8 @@ In a masked-diffusion model every K and V may change at every step, but those of
 little, except in the very step in which [MASK] becomes a word. With U_i the positions that are no longer masked after
 call i and D_i = U_i \\ U_{i-1}, call i computes
 
-    everything                            at a refresh (every N calls; for unshifted models also the first two of a block)
-    R = complement of U_{i-2}             otherwise: the masked rows and D_{i-1}, with their real token ids
+    everything                   at a refresh (every N calls; for unshifted models also the first two of a block)
+    R = complement of U_{i-2}    otherwise: the masked rows and D_{i-1}, with their real token ids
 
 and attention reads fresh K, V at R and stored ones elsewhere. The rows D_{i-1} are stored by being computed once more
 after their decision: that is the delay. `delay=False` stores them as they were when they were still [MASK].
@@ -71,13 +71,13 @@ class DKVCache(DllmMethod):
     )
     shift_type: str = option(
         "un",
-        "shifted models: row t is cached once token t+1 (un), tokens t and t+1 (un_right) or token t (right) are decided",
+        "shifted models: row t is cached once token t+1 (un), both t and t+1 (un_right), or token t (right) is decided",
         choices=("un", "un_right", "right"),
     )
     missing: str = option(
         "skip",
-        "a masked token whose predicting row is cached, possible under shift_type='right' only, waits for the next refresh "
-        "(skip) or is committed as token 0, as the released code does (zero)",
+        "a masked token whose predicting row is cached, possible under shift_type='right' only, waits for the next "
+        "refresh (skip) or is committed as token 0, as the released code does (zero)",
         choices=("skip", "zero"),
     )
     delay: bool = option(True, "False caches tokens in the step that decides them, as a control", choices=(True, False))
@@ -126,7 +126,9 @@ class _Prompt(_Decode):
     def rows(self, step: Step) -> Tensor | None:
         if step.n == 0:
             return None
-        kept = torch.arange(step.ids.shape[1], device=step.ids.device).expand_as(step.ids) < step.prompt - int(self.shift)
+        kept = torch.arange(step.ids.shape[1], device=step.ids.device).expand_as(step.ids) < step.prompt - int(
+            self.shift
+        )
         if self.o.variant == "pd" and step.i % self.o.interval:
             kept = kept | self.cached(step, first=step.n == 1)
         return ~kept

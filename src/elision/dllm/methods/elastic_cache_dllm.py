@@ -1,4 +1,4 @@
-"""Elastic-Cache: the attention of the most-attended token decides when, and from which layer upwards, K/V are refreshed.
+"""Elastic-Cache: the attention of the most-attended token decides when, and from which layer up, K/V are refreshed.
 
 Paper: "Attention Is All You Need for KV Cache in Diffusion LLMs", Nguyen-Tri, Ranjan, Shen, ICLR 2026,
 https://arxiv.org/abs/2510.14973
@@ -51,7 +51,9 @@ class ElasticCache(DllmMethod):
         "Attention Is All You Need for KV Cache in Diffusion LLMs", "ICLR 2026", "https://arxiv.org/abs/2510.14973"
     )
 
-    gamma: float = option(0.9, "γ, attention similarity below which the layers above are refreshed; larger refreshes more", ge=-2, le=2)
+    gamma: float = option(
+        0.9, "γ, attention similarity below which the layers above are refreshed; larger refreshes more", ge=-2, le=2
+    )
     beta: int = option(16, "β, masks in the decoding window (published: 16, 32; larger hurts LLaDA)", ge=1)
     eps: float = option(0.9, "ε, least probability of a token that is committed; above 1 commits one per step", gt=0)
     track: int = option(1, "most-attended tokens tracked per layer", ge=1)
@@ -64,22 +66,26 @@ class ElasticCache(DllmMethod):
     force_full: bool = option(False, "every step takes everything: the exact anchor", choices=(True, False))
     heads: str = option("mean", "how the attention of all query heads becomes one (inferred)", choices=("mean", "max"))
     sigma: str = option(
-        "rows", "mean cosine of the tracked tokens' rows, or one cosine of all rows joined (inferred)", choices=("rows", "joined")
+        "rows",
+        "mean cosine of the tracked tokens' rows, or one cosine of all rows joined (inferred)",
+        choices=("rows", "joined"),
     )
     unseen: str = option(
         "last",
-        "a token that becomes tracked without having been computed a step ago: compare with its last row, or leave it out "
-        "of the test (inferred)",
+        "a token that becomes tracked without having been computed a step ago: compare with its last row, or leave it "
+        "out of the test (inferred)",
         choices=("last", "skip"),
     )
     query: str = option(
         "union",
-        "Q holds the present window and the tokens just committed, or the window of the step before, which contains them "
-        "(inferred: sources disagree)",
+        "Q holds the present window and the tokens just committed, or the window of the step before, which contains "
+        "them (inferred: sources disagree)",
         choices=("union", "previous"),
     )
     requery: bool = option(
-        True, "compute tokens once more after their commit; False freezes them as masks, as a control", choices=(True, False)
+        True,
+        "compute tokens once more after their commit; False freezes them as masks, as a control",
+        choices=(True, False),
     )
     batch: str = option(
         "alone",
@@ -87,7 +93,9 @@ class ElasticCache(DllmMethod):
         choices=("alone", "together"),
     )
     sync: str = option(
-        "auto", "when decisions reach the host: after every layer, after every step, or by device", choices=("auto", "layer", "step")
+        "auto",
+        "when decisions reach the host: after every layer, after every step, or by device",
+        choices=("auto", "layer", "step"),
     )
 
     def decoding(self, asked: Mapping[str, Any], lm: MaskedLM) -> dict[str, Any]:
@@ -199,9 +207,7 @@ class _Now:
         net.note(rows, lstar, reach)
         return h, None, lstar
 
-    def _reuse(
-        self, layer: int, h: Tensor, rows: Rows, rotation: Rotation, tracked: Tensor, voters: Tensor
-    ) -> Tensor:
+    def _reuse(self, layer: int, h: Tensor, rows: Rows, rotation: Rotation, tracked: Tensor, voters: Tensor) -> Tensor:
         block, slots = self.net.lm.blocks[layer], self.net.held
         assert self.state.drift is not None
         slots.write_h(layer, rows, h)

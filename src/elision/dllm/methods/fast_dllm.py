@@ -46,12 +46,16 @@ class FastDLLM(DllmMethod):
         "https://arxiv.org/abs/2505.22618",
     )
 
-    cache: str = option("dual", "which K and V are frozen: those before the block, or on both sides", choices=("prefix", "dual"))
+    cache: str = option(
+        "dual", "which K and V are frozen: those before the block, or on both sides", choices=("prefix", "dual")
+    )
     threshold: float | None = option(
         0.9, "least probability of a token that is committed in parallel; None commits a fixed number per call", ge=0
     )
     extra_call: bool = option(
-        True, "unshifted models: make the second call of a block even if it is complete (released code)", choices=(True, False)
+        True,
+        "unshifted models: make the second call of a block even if it is complete (released code)",
+        choices=(True, False),
     )
 
     def decoding(self, asked: Mapping[str, Any], lm: MaskedLM) -> dict[str, Any]:

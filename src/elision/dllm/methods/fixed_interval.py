@@ -29,7 +29,9 @@ class FixedInterval(DllmMethod):
     control: ClassVar[bool] = True
 
     interval: int = option(8, "a call that computes everything every so many calls", ge=1)
-    window: int | None = option(None, "decode in a sliding window of the left-most masks; None leaves it to generate", ge=1)
+    window: int | None = option(
+        None, "decode in a sliding window of the left-most masks; None leaves it to generate", ge=1
+    )
     threshold: float | None = option(
         None, "commit every token of at least this probability; None leaves it to generate", ge=0
     )

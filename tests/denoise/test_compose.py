@@ -21,7 +21,7 @@ from elision.denoise.methods.uniform import Uniform
 from elision.denoise.policy import Claims
 from elision.denoise.sites import Site
 from elision.errors import Conflict, OptionError
-from elision.method import Method, registry
+from elision.method import Method, find
 from tests.conformance.settings import STEPS
 from tests.models import Loop, changed, snapshot
 
@@ -160,8 +160,9 @@ def test_names_in_a_list_take_their_defaults_and_no_options() -> None:
 def test_every_pair_of_methods_has_an_answer() -> None:
     """And it does not depend on the order."""
     loop = Loop("flux")
-    for a in registry().values():
-        for b in registry().values():
+    mine = [find(row.name) for row in elision.methods("denoise")]
+    for a in mine:
+        for b in mine:
             answers = []
             for pair in ([a(), b()], [b(), a()]):
                 try:

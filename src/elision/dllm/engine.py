@@ -19,7 +19,7 @@ from torch import Tensor
 from elision.dllm.decode import Decoding, Noise, Sampler, Step
 from elision.dllm.model import MaskedLM, masked_lm
 from elision.dllm.passes import Net
-from elision.dllm.policy import DllmMethod, Policy
+from elision.dllm.policy import DllmMethod, Nothing, Policy
 from elision.dllm.report import DllmReport, DllmRun
 from elision.errors import Conflict, ElisionWarning, OptionError, UnsupportedTarget
 from elision.method import Method, create
@@ -27,10 +27,6 @@ from elision.session import Applied, Seconds, storage_bytes
 
 _DETAILED_RUNS = 64
 OnStep = Callable[[Step, Tensor, Net], None]
-
-
-class _Plain(Policy):
-    slots = False
 
 
 def attach(target: Any, methods: Sequence[Method], *, shadow: bool = False, **settings: Any) -> DllmApplied:
@@ -311,7 +307,7 @@ def generate(
     """Generate without any cache: every call computes every row. Arguments as in `DllmApplied.generate`."""
     lm = _take(model)
     prompt, mask = _inputs(prompt_ids, attention_mask, lm)
-    run = _Run(lm, _Plain(), prompt, mask, Decoding.of(**decoding), noise or Noise(generator), on_step=on_step)
+    run = _Run(lm, Nothing(), prompt, mask, Decoding.of(**decoding), noise or Noise(generator), on_step=on_step)
     return run.go()
 
 

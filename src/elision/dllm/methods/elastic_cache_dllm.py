@@ -238,7 +238,8 @@ class _Now:
     def _pick(self, layer: int, attention: Tensor, voters: Tensor) -> None:
         """The decided tokens that the window's rows attend most; attention [B, m, N], voters [B, m] 1 at these rows."""
         score = (voters[:, None] @ attention)[:, 0].masked_fill(~self.decided, -1)
-        self.picks[layer] = score.topk(min(self.o.track, self.step_.prompt), dim=1).indices
+        best = score.topk(min(self.o.track, self.step_.prompt), dim=1)
+        self.picks[layer] = torch.where(best.values >= 0, best.indices, best.indices[:, :1])  # fewer real tokens
 
     def _reach(self) -> int | None:
         if self.o.far_tail == "refresh":

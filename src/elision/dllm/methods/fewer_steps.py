@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from elision.dllm.decode import Decoding
 from elision.dllm.model import MaskedLM
-from elision.dllm.policy import DllmMethod, Policy
+from elision.dllm.policy import DllmMethod, Nothing, Policy
 from elision.errors import OptionError
 from elision.method import option, register
 
@@ -34,8 +34,4 @@ class FewerSteps(DllmMethod):
 
     def policy(self, lm: MaskedLM) -> Policy:
         """Nothing is kept."""
-        return _Nothing()
-
-
-class _Nothing(Policy):
-    slots: ClassVar[bool | str] = False
+        return Nothing()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from elision.dllm.model import MaskedLM
-from elision.dllm.policy import DllmMethod, Policy
+from elision.dllm.policy import DllmMethod, Nothing, Policy
 from elision.method import register
 
 
@@ -22,8 +22,4 @@ class NoCache(DllmMethod):
 
     def policy(self, lm: MaskedLM) -> Policy:
         """Nothing is kept."""
-        return _Nothing()
-
-
-class _Nothing(Policy):
-    slots: ClassVar[bool | str] = False
+        return Nothing()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ def sample(batch: int = 1, shift: bool = False, noise: Noise | None = None, **se
 def order_of(script: Script, out: Tensor) -> list[list[int]]:
     """Positions committed at every call, of the first sample."""
     masks = [step.masked[0] for step in script.steps] + [torch.zeros_like(script.steps[0].masked[0])]
-    return [(a & ~b).nonzero()[:, 0].tolist() for a, b in zip(masks, masks[1:], strict=False)]
+    return [(a & ~b).nonzero()[:, 0].tolist() for a, b in itertools.pairwise(masks)]
 
 
 def confidence(rows: Tensor) -> Tensor:
@@ -149,7 +150,11 @@ def test_only_masks_change_and_the_mask_is_never_chosen() -> None:
 
 def test_samples_of_a_batch_are_independent() -> None:
     lm, ids = lm_of("gqa"), prompts(3, 6)
-    for how in ({"steps": 8, "block_length": 4}, {"threshold": 0.3, "block_length": 4}, {"threshold": 0.3, "window": 5}):
+    for how in (
+        {"steps": 8, "block_length": 4},
+        {"threshold": 0.3, "block_length": 4},
+        {"threshold": 0.3, "window": 5},
+    ):
         together = dllm.generate(lm, ids, gen_length=8, **how)
         for i in range(3):
             assert torch.equal(together[i : i + 1], dllm.generate(lm, ids[i : i + 1], gen_length=8, **how)), how
@@ -170,7 +175,9 @@ def test_guidance() -> None:
     """Logits are those of two passes, the second over a masked prompt; weight 0 is no guidance."""
     lm, ids = lm_of("mha"), prompts(2, 6)
     seen: list[tuple[Step, Tensor]] = []
-    dllm.generate(lm, ids, gen_length=6, steps=3, cfg_scale=1.5, on_step=lambda s, logits, net: seen.append((s, logits)))
+    dllm.generate(
+        lm, ids, gen_length=6, steps=3, cfg_scale=1.5, on_step=lambda s, logits, net: seen.append((s, logits))
+    )
     for step, logits in seen:
         blank = step.ids.clone()
         blank[:, :6] = MASK
@@ -187,7 +194,11 @@ def test_temperature_is_reproducible_and_spreads(remasking: str) -> None:
     lm, ids = lm_of("mha"), prompts(1, 5)
 
     def once(seed: int) -> Tensor:
-        how: dict[str, Any] = {"temperature": 1.5, "remasking": remasking, "generator": torch.Generator().manual_seed(seed)}
+        how: dict[str, Any] = {
+            "temperature": 1.5,
+            "remasking": remasking,
+            "generator": torch.Generator().manual_seed(seed),
+        }
         return dllm.generate(lm, ids, gen_length=8, steps=4, **how)
 
     assert torch.equal(once(3), once(3))
@@ -217,7 +228,9 @@ def test_an_unguessable_candidate_waits_or_becomes_zero() -> None:
 
     made = {}
     for missing in ("skip", "zero"):
-        sampler = Sampler(torch.zeros(1, 4, dtype=torch.long), Decoding(gen_length=6, steps=3, missing=missing), 11, False)
+        sampler = Sampler(
+            torch.zeros(1, 4, dtype=torch.long), Decoding(gen_length=6, steps=3, missing=missing), 11, False
+        )
         made[missing] = (sampler.run(call), sampler.n)
     assert made["zero"][0][0, lost] == 0
     assert made["zero"][1] == 3

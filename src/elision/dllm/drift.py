@@ -110,10 +110,11 @@ class RowMemory:
                 found = single.index_select(0, rows.flat).view(*rows.pos.shape, self.length)
             if not complete[layer] and whole is not None:
                 q, k = whole
-                picked = q.gather(1, rows.pos[:, :, None, None].expand(-1, -1, *q.shape[2:]))
+                inside = rows.pos.clamp(max=q.shape[1] - 1)  # rows behind it have been taken alone since
+                picked = q.gather(1, inside[:, :, None, None].expand(-1, -1, *q.shape[2:]))
                 made = over_heads(block.weights(picked, k, self.mask), self.heads)
                 found = made if found is None else torch.where(has[layer][:, :, None], found, made)
-                valid[layer] = True
+                valid[layer] |= rows.pos < q.shape[1]
             assert found is not None or whole is not None or not bool(has[layer].any())
             out.append(
                 rows.pos.new_zeros(*rows.pos.shape, self.length, dtype=torch.float32) if found is None else found

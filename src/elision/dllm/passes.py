@@ -166,12 +166,11 @@ class Net:
         """Logits [B, m, V] at `step.need` out of outputs h of `rows` (None: all), and which exist (None: all)."""
         need = step.need.repeat(self.branches)
         exists: Tensor | None = None
-        if rows is None:
-            picked = h.flatten(0, 1).index_select(0, need.flat).view(*need.pos.shape, -1)
-        else:
+        index = need.pos
+        if rows is not None:
             index, there = need.index_in(rows)
-            picked = h.gather(1, index[:, :, None].expand(-1, -1, h.shape[-1]))
             exists = there[: len(step.ids)]
+        picked = h.gather(1, index[:, :, None].expand(-1, -1, h.shape[-1]))
         self.book.head_rows += picked.shape[0] * picked.shape[1]
         out = self.lm.head(picked)
         if self.branches == 2:

@@ -121,7 +121,6 @@ class _Elastic(Policy):
         self.tracked: Rows | None = None  # T of the step before, [B, τ]
         self.drift: Drift | None = None  # from its attention rows there
         self.window = torch.empty(0)
-        self.reach = 0
         self.log: dict[str, list[Any]] = {"sigma": [], "lstar": [], "tracked": []}
 
     def forward(self, step: Step, net: Net) -> tuple[Tensor, Rows | None]:
@@ -244,7 +243,5 @@ class _Now:
     def _reach(self) -> int | None:
         if self.o.far_tail == "refresh":
             return None
-        last = int(self.window.pos.max()) + 1 - self.step_.prompt
-        end = self.step_.prompt + -(-last // self.o.mask_block) * self.o.mask_block
-        self.state.reach = max(self.state.reach, min(end, self.net.length))
-        return self.state.reach
+        last = int((self.decided | self.eligible).any(dim=0).nonzero().max()) + 1 - self.step_.prompt
+        return min(self.step_.prompt + -(-last // self.o.mask_block) * self.o.mask_block, self.net.length)

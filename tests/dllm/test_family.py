@@ -187,6 +187,15 @@ def test_no_linear_layer_sees_a_row_outside_the_query_set(setting: Setting, kind
 
 
 @active
+def test_half_precision_and_eager_models(setting: Setting) -> None:
+    model = copy.deepcopy(lm_of("gqa").model).to(torch.bfloat16)
+    model.config._attn_implementation = "eager"  # type: ignore[union-attr]
+    out, report = go(setting, dllm.masked_lm(model), prompts(2, P))
+    assert MASK not in out
+    assert report.cache_ratio > 0
+
+
+@active
 def test_the_report_adds_up(setting: Setting) -> None:
     lm, ids = lm_of("gqa"), prompts(2, P)
     heads: list[int] = []

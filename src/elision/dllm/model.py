@@ -119,8 +119,7 @@ class Block:
         """Attention weights of few queries q [B, m, Hq, D] over k [B, n, G, D]: [B, G, Hq/G, m, n] in float32."""
         batch, rows = q.shape[:2]
         grouped = q.view(batch, rows, self.kv_heads, -1, self.head_dim).permute(0, 2, 3, 1, 4)  # [B, G, g, m, D]
-        scores = grouped.flatten(2, 3) @ k.permute(0, 2, 3, 1)  # [B, G, g · m, n]
-        scores = scores.float() * self.scale
+        scores = ((grouped * self.scale).flatten(2, 3) @ k.permute(0, 2, 3, 1)).float()  # [B, G, g · m, n]
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         return scores.softmax(dim=-1).view(batch, self.kv_heads, -1, rows, k.shape[1])

@@ -223,10 +223,16 @@ def masked_lm(model: Any, *, mask_id: int | None = None, shift: bool | None = No
         shift: whether the output at position t predicts token t + 1; by default true for Dream only.
 
     Raises:
+        OptionError: a mask token outside the vocabulary, or one that differs from how the model was taken in.
         UnsupportedTarget: a causal model (no mask token known), an encoder–decoder, sliding or hybrid layers, another
             layout, or a model whose own forward pass differs from the loop of this module.
     """
     if isinstance(model, MaskedLM):
+        if mask_id not in (None, model.mask_id) or shift not in (None, model.shift):
+            raise OptionError(
+                f"the model was taken in with mask_id={model.mask_id} and shift={model.shift}: give the model itself "
+                "to take it in differently"
+            )
         return model
     refuse(model)
     if not isinstance(model, nn.Module):

@@ -324,8 +324,8 @@ def test_refused_checkpoints(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedTarget, match="has no config.json"):
+    with pytest.raises(UnsupportedTarget, match=r"has no config\.json"):
         dllm.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(LLADA_CONFIG))
-    with pytest.raises(UnsupportedTarget, match="has no model.safetensors"):
+    with pytest.raises(UnsupportedTarget, match=r"has no model\.safetensors"):
         dllm.load(tmp_path)

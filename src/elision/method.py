@@ -91,6 +91,8 @@ def _check(method: Method, f: dataclasses.Field[Any]) -> None:
         if value not in choices:
             raise OptionError(f"{method.name}: {f.name}={value!r} is not one of {', '.join(map(repr, choices))}")
         return
+    if f.type == "bool" and not isinstance(value, bool):
+        raise OptionError(f"{method.name}: {f.name}={value!r} is neither True nor False")
     bounds = {key: limits.get(key) for key in ("ge", "gt", "le")}
     if all(bound is None for bound in bounds.values()) or (value is None and "None" in str(f.type)):
         return
@@ -106,6 +108,8 @@ def _check(method: Method, f: dataclasses.Field[Any]) -> None:
 def describe_range(f: dataclasses.Field[Any]) -> str:
     """The range of an option in words, empty if it has none."""
     words = {"ge": "at least", "gt": "above", "le": "at most"}
+    if f.type == "bool" and f.metadata.get("choices") is None:
+        return "True or False"
     if f.metadata.get("choices") is not None:
         return "one of " + ", ".join(map(repr, f.metadata["choices"]))
     return " and ".join(f"{words[k]} {f.metadata[k]:g}" for k in words if f.metadata.get(k) is not None)

@@ -51,7 +51,7 @@ class Rig:
     ) -> Tensor:
         """One attention call of one layer: q [B, Hq, m, D], k and v [B, G, m, D]; returns the output [B, Hq, m, D]."""
         store, book = self.book.stores[layer], self.book
-        first, m = store.seen, q.shape[2]
+        m = q.shape[2]
         v = k if v is None else v
         if valid is not None and layer == 0:
             more = (~valid).sum(1)
@@ -60,16 +60,23 @@ class Rig:
         if starts and store.seen:
             self.method.before(store, m)
         store.append(k, v, valid)
-        keys, values = store.read(book.scratch)
-        lengths: Any = first + m if book.padding is None else first + m - book.padding
-        call = Call(store, book, q, keys, first, phase, starts, q.shape[-1] ** -0.5, None, valid, lengths)  # type: ignore[arg-type]
+        call = self.call(layer, q, phase, starts=starts, valid=valid)
+        values = store.read(book.scratch)[1]
         weights = call.probs(m)  # [B, G, g, m, n]
-        out = (weights @ values[:, :, None]).flatten(1, 2)
+        out = (weights.to(values.dtype) @ values[:, :, None]).flatten(1, 2)
         for rule in self.rules:
             rule.scorer.observe(call)
         for rule in self.rules:
             rule.act(call)
         return out
+
+    def call(self, layer: int, q: Tensor, phase: str, *, starts: bool = True, valid: Tensor | None = None) -> Call:
+        """The call of the queries q [B, Hq, m, D] of the newest m tokens, which are in the store already."""
+        store, book = self.book.stores[layer], self.book
+        keys = store.read(book.scratch)[0]
+        lengths: Any = store.seen if book.padding is None else store.seen - book.padding
+        first = store.seen - q.shape[2]
+        return Call(store, book, q, keys, first, phase, starts, q.shape[-1] ** -0.5, None, valid, lengths)  # type: ignore[arg-type]
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, prompt: int) -> Iterator[list[Tensor]]:
         """All layers of q, k, v [L, B, H, S + T, D]: the prompt, then step by step; yields all outputs."""

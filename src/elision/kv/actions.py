@@ -37,6 +37,12 @@ def ranked(store: LayerStore, score: Tensor, recent: Keep = 0, first: int = 0) -
     return score if valid is None else score.masked_fill(~valid, -torch.inf)
 
 
+def _best(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The highest `count` scores and their slots; of equal scores the older slot, however the row is padded."""
+    values, index = torch.sort(score, dim=-1, descending=True, stable=True)
+    return values[..., :count], index[..., :count]
+
+
 @dataclass(frozen=True)
 class Evict:
     """Drop all but the highest scores.
@@ -65,8 +71,8 @@ class Evict:
         if self.order == "any" and keep == n - 1:
             store.evict_one(score.argmin(-1))
             return
-        best = score.topk(max(keep, 0), dim=-1)
-        store.evict(best.indices if self.order == "score" else best.indices.sort(-1).values)
+        index = _best(score, max(keep, 0))[1]
+        store.evict(index if self.order == "score" else index.sort(-1).values)
 
     def _each_row(self, store: LayerStore, score: Tensor, keep: Tensor) -> None:
         """Every row down to its own number [B]; slots that a row has no use for are marked invalid."""
@@ -86,10 +92,9 @@ class Evict:
             else:
                 store.blank(victim, full)
             return
-        best = score.topk(most, dim=-1)
+        values, index = _best(score, most)
         inside = torch.arange(most, device=score.device) < keep[:, None, None]
-        held_slots = (best.values > -torch.inf) & inside
-        index = best.indices
+        held_slots = (values > -torch.inf) & inside
         if self.order != "score":
             index, order = index.sort(-1)
             held_slots = held_slots.gather(-1, order)

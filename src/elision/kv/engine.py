@@ -120,6 +120,7 @@ class KVApplied(Applied):
         for index, store in adopt(cache, self, self.layers, None).stores.items():
             valid = store.valid()
             positions = store.positions().long()
+            positions = positions.expand(-1, max(positions.shape[1], store.heads), -1)
             if valid is not None:
                 positions = torch.where(valid, positions, -1)
             held[index] = positions.sort(-1).values

@@ -131,6 +131,26 @@ class Call:
             sums[:, :, :seen] += weights.sum(3).reshape(b, hq, seen)
         return sums
 
+    def sums_at(self, q: Tensor, at: Tensor, ok: Tensor | None) -> Tensor:
+        """Attention that every slot received from single rows, summed over the rows: [B, Hq, n], float32.
+
+        Args:
+            q: [B, Hq, P, D], queries that were kept as they entered the dot product.
+            at: [B, P], their sequence indices: each sees the slots up to its own.
+            ok: [B, P], which of them count; None if all do.
+        """
+        keys, columns = self.read(), self.store.positions()
+        sums = torch.zeros(*q.shape[:2], keys.shape[2], device=keys.device)
+        for start in range(0, q.shape[2], BLOCK):
+            block = slice(start, start + BLOCK)
+            logits = self._logits(q[:, :, block], keys)  # [B, G, g, r, n]
+            ahead = columns[:, :, None] > at[:, None, block, None]  # [B, G or 1, r, n]
+            weights = logits.masked_fill_(ahead[:, :, None], -torch.inf).softmax(-1)
+            if ok is not None:
+                weights = weights * ok[:, None, None, block, None]
+            sums += weights.sum(3).view_as(sums)
+        return sums
+
     def grouped(self, per_query_head: Tensor) -> Tensor:
         """[B, Hq, ...] as [B, G, g, ...]: the query heads of every KV head."""
         b, hq = per_query_head.shape[:2]

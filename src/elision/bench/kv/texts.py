@@ -12,17 +12,19 @@ import re
 from collections.abc import Sequence
 
 # ordinary words that tokenizers know as one token; drawn without replacement within a prompt
-WORDS = (
+_WORDS = (
     "apple river stone cloud tiger piano bread ocean forest silver garden window bridge candle mirror basket "
     "rocket pencil hammer ladder button blanket orange lemon pepper coffee sugar butter honey salmon eagle rabbit "
     "monkey turtle dragon castle temple island desert valley canyon meadow harbor market station museum theater "
-    "library kitchen engine anchor arrow shield sword helmet crown jewel pearl copper marble cotton velvet leather "
-    "paper violin guitar trumpet drum flute"
-).split()
-PLACES = (
+    "library kitchen engine anchor arrow shield sword helmet crown jewel pearl copper marble cotton velvet "
+    "leather paper violin guitar trumpet drum flute"
+)
+WORDS = _WORDS.split()
+_PLACES = (
     "London Paris Berlin Madrid Rome Vienna Athens Dublin Oslo Lisbon Prague Warsaw Moscow Cairo Tokyo Sydney "
     "Boston Chicago Denver Dallas Seattle Toronto Montreal Delhi"
-).split()
+)
+PLACES = _PLACES.split()
 
 
 @functools.cache

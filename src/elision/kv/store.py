@@ -60,16 +60,20 @@ class Slots:
         """Every buffer."""
         yield from self._buffers.values()
 
-    def append(self, **columns: Tensor) -> None:
-        """Add m tokens at the end; every column must be given, [B, G or 1, m, ...]."""
-        m = next(iter(columns.values())).shape[2]
+    def append(self, **columns: Tensor | float) -> None:
+        """Add m tokens at the end; every column must be given, [B, G or 1, m, ...], or a number to fill it with.
+
+        The first tokens of a table need tensors.
+        """
+        m = next(column.shape[2] for column in columns.values() if isinstance(column, Tensor))
         if self.n == 0:
-            self._buffers = {name: _own(column) for name, column in columns.items()}
+            self._buffers = {name: _own(column) for name, column in columns.items() if isinstance(column, Tensor)}
             self._bytes = None
         else:
             assert columns.keys() == self._buffers.keys(), (sorted(columns), sorted(self._buffers))
             for name, column in columns.items():
-                self._room(name, m, column.shape[1])[:, :, self.n : self.n + m] = column
+                heads = column.shape[1] if isinstance(column, Tensor) else 1
+                self._room(name, m, heads)[:, :, self.n : self.n + m] = column
         self.n += m
 
     def put(self, start: Tensor, counts: Tensor, **columns: Tensor) -> None:
@@ -103,19 +107,26 @@ class Slots:
         self._buffers = {name: rows(buffer, index) for name, buffer in self._buffers.items()}
         self._bytes, self.n = None, index.shape[2]
 
+    def pick(self, name: str, index: Tensor) -> Tensor:
+        """One column at the slots `index` [B, G or 1, k], as a copy."""
+        return rows(self._buffers[name], index)
+
     def take(self, index: Tensor) -> dict[str, Tensor]:
         """The columns at the slots `index` [B, G or 1, k], as copies."""
         return {name: rows(buffer, index) for name, buffer in self._buffers.items()}
 
     def overwrite(self, slot: Tensor) -> None:
         """The newest token takes the place `slot` [B, G or 1], so one token fewer is held; nothing else moves."""
+        places: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         for name in self._buffers:
             buffer = self._room(name, 0, slot.shape[1])
             b, h, cap = buffer.shape[:3]
-            first = torch.arange(b * h, device=buffer.device) * cap
+            if (h, cap) not in places:
+                first = torch.arange(0, b * h * cap, cap, device=buffer.device)
+                places[h, cap] = first + slot.expand(b, h).reshape(-1), first + (self.n - 1)
+            to, since = places[h, cap]
             flat = buffer.view(b * h * cap, -1)
-            place = first + slot.expand(b, h).reshape(-1)
-            flat.index_copy_(0, place, flat.index_select(0, first + (self.n - 1)))
+            flat.index_copy_(0, to, flat.index_select(0, since))
         self.n -= 1
 
     def truncate(self, n: int) -> None:
@@ -213,13 +224,15 @@ class LayerStore:
             self.state["pads"] = (~valid).sum(1)[:, None, None]
         if valid is not None and "valid" not in self.dense and self.dense.n:
             self.dense["valid"] = torch.ones(b, 1, self.dense.n, dtype=torch.bool, device=k.device)
-        columns = {"k": k, "v": v}
+        columns: dict[str, Tensor | float] = {"k": k, "v": v}
         if "pos" in self.dense:
-            columns["pos"] = torch.arange(self.seen, self.seen + m, dtype=torch.int32, device=k.device).expand(b, 1, m)
+            places = torch.arange(self.seen, self.seen + m, dtype=torch.int32, device=k.device) if m > 1 else None
+            columns["pos"] = self.seen if places is None else places.expand(b, 1, m)
         if "valid" in self.dense or valid is not None:
-            columns["valid"] = (torch.ones_like(k[:, 0, :, 0], dtype=torch.bool) if valid is None else valid)[:, None]
-        for name, fill in self.fills.items():
-            columns[name] = torch.full((b, k.shape[1], m), fill, device=k.device)
+            columns["valid"] = True if valid is None else valid[:, None]
+        columns.update(self.fills)
+        if self.dense.n == 0:
+            columns = {name: _filled(x, k) for name, x in columns.items()}
         self.dense.append(**columns)
         self.seen += m
 
@@ -351,3 +364,12 @@ class LayerStore:
                 self.state[name] = f(value)
         if self.pending is not None:
             self.pending = self.pending.map_batch(f)
+
+
+def _filled(column: Tensor | float, k: Tensor) -> Tensor:
+    """A column of one number where it is not a tensor yet: [B, 1, m], of what a scorer keeps per head [B, G, m]."""
+    if isinstance(column, Tensor):
+        return column
+    kind = torch.bool if isinstance(column, bool) else torch.int32 if isinstance(column, int) else torch.float32
+    heads = k.shape[1] if kind == torch.float32 else 1
+    return torch.full((len(k), heads, k.shape[2]), column, dtype=kind, device=k.device)

@@ -99,3 +99,82 @@ class Evict:
             index, order = index.sort(-1)
             held_slots = held_slots.gather(-1, order)
         store.evict(index, None if bool(held_slots.all()) else held_slots)
+
+
+def nearest(sources: Tensor, anchors: Tensor) -> Tensor:
+    """Index of the anchor closest to every source, the earlier one of two as close; both ascending, [s] and [a]."""
+    after = torch.searchsorted(anchors, sources).clamp(max=len(anchors) - 1)
+    before = (after - 1).clamp(min=0)
+    return torch.where(sources - anchors[before] <= (anchors[after] - sources).abs(), before, after)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Bring the dense slots of each row down by averaging what goes into the nearest anchor that stays.
+
+    Slots have to be in the order of time, and scores the same for all heads [B, 1, n]. The oldest `first` and the
+    newest real token of a row always stay and take nothing in; of the others, the best are anchors. An anchor's key and
+    value become the plain mean of its own and of those assigned to it, over vectors as they are cached. Where no anchor
+    is left, tokens are dropped.
+
+    Attributes:
+        first: the oldest real tokens that always stay.
+        merge: False drops the same tokens instead.
+        swapped: the selection and the sources of Elastic Cache's released code, which tests the sorting permutation
+            instead of the ranks and reads the merged vectors `first` slots too early.
+    """
+
+    first: int = 1
+    merge: bool = True
+    swapped: bool = False
+
+    def __call__(self, store: LayerStore, score: Tensor, keep: Keep) -> None:
+        """Bring the dense slots down to `keep` (one number, or one per row)."""
+        b, device = len(score), score.device
+        valid, places = store.dense.get("valid"), store.positions().expand(b, 1, -1)[:, 0].contiguous()
+        k, v = store.dense["k"], store.dense["v"]
+        width = int(keep.max()) if isinstance(keep, Tensor) else keep
+        index = torch.zeros(b, 1, width, dtype=torch.int64, device=device)
+        real = torch.zeros(b, 1, width, dtype=torch.bool, device=device)
+        keys, values = (x.new_zeros(b, x.shape[1], width, x.shape[3]) for x in (k, v))
+        for row in range(b):
+            mine = torch.arange(store.dense.n, device=device) if valid is None else valid[row, 0].nonzero()[:, 0]
+            stay = keep if isinstance(keep, int) else int(keep[row])
+            kept, source, target = self._split(score[row, 0, mine], places[row, mine], stay)
+            count = len(kept)
+            index[row, 0, :count], real[row, 0, :count] = mine[kept], True
+            for out, column in ((keys, k), (values, v)):
+                out[row, :, :count] = _mean(column[row], mine[kept], mine[source], target)
+        lost = store.evicted
+        store.evict(index, None if bool(real.all()) else real)
+        if self.merge:
+            store.dense["k"], store.dense["v"] = keys, values
+            store.merged, store.evicted = store.merged + store.evicted - lost, lost
+
+    def _split(self, score: Tensor, places: Tensor, stay: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots of one row that stay, slots that are merged, and into which of those that stay (by its number)."""
+        n, first = len(score), self.first
+        everything, none = torch.arange(n, device=score.device), torch.arange(0, device=score.device)
+        if stay >= n:
+            return everything, none, none
+        if self.swapped and stay == n - 1:
+            return everything[1:], none, none  # the release takes this prompt for a decoding step
+        candidates, gone = max(n - first - 1, 0), n - stay
+        rank = score[first : n - 1].argsort(stable=True)
+        rank = rank if self.swapped else rank.argsort()
+        thrown = (rank < gone).nonzero()[:, 0]
+        anchors = (rank >= gone).nonzero()[:, 0] + first
+        kept = torch.cat([everything[: n - 1 - candidates], anchors, everything[n - 1 :]])
+        if not self.merge or not len(anchors):
+            return kept, none, none
+        source = thrown if self.swapped else thrown + first
+        return kept, source, nearest(places[source], places[anchors]) + (n - 1 - candidates)
+
+
+def _mean(column: Tensor, kept: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """`column` [G, n, D] at `kept`, where number `target[i]` of them also counts the slot `source[i]`; [G, k, D]."""
+    if not len(source):
+        return column[:, kept]
+    total = column[:, kept].float().index_add_(1, target, column[:, source].float())
+    count = torch.ones(len(kept), device=column.device).index_add_(0, target, torch.ones_like(target).float())
+    return (total / count[:, None]).to(column.dtype)

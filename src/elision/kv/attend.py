@@ -28,6 +28,8 @@ def attend(session: KVApplied, att: Attention, forward: Forward, store: LayerSto
     if att.rotary is not None:
         q, keys = _roll(session, att, forward, store, keys)
     mask = mask_for(att, forward, store)
+    if forward.extra and forward.drafts:
+        mask = _without_drafts(att, forward, mask, store.n)
     if session.method.wants_lse and mask is None and att.q.shape[2] > 1 and _has_kernel(att, q, values):
         # the same kernel that SDPA picks, which computes the log-sum-exp anyway
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -63,6 +65,16 @@ def mask_for(att: Attention, forward: Forward, store: LayerStore) -> Tensor | No
             forward.masks[stored] = made
         return made
     return _with_validity(att, new, valid, stored)
+
+
+def _without_drafts(att: Attention, forward: Forward, mask: Tensor | None, n: int) -> Tensor:
+    """Pseudo rows stand right behind the prompt, so they do not see the guesses that lie between."""
+    m = att.q.shape[2]
+    seen = torch.ones(m, n, dtype=torch.bool, device=att.q.device).tril(n - m)
+    seen[m - forward.extra :, n - forward.extra - forward.drafts : n - forward.extra] = False
+    if mask is None:
+        return seen[None, None]
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
 
 
 def _with_validity(att: Attention, new: Tensor | None, valid: Tensor | None, stored: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ def check_chunks(make: KVMethod, length: int, cuts: Sequence[int], steps: int) -
     whole, parts = rig_of(make), rig_of(make)
     feed(whole, [row], [0], [length], "prompt_end")
     edges = [0, *cuts, length]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         phase = "prompt_end" if stop == length else "prompt_chunk"
         for layer in range(LAYERS):
             part = [x[layer][:, :, start:stop] for x in (row.q, row.k, row.v)]

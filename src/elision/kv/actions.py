@@ -12,12 +12,12 @@ from elision.kv.store import LayerStore
 
 
 def ranked(store: LayerStore, score: Tensor, recent: Keep = 0, first: int = 0) -> Tensor:
-    """`score` [B, G or 1, n] of the dense slots as float32 with padding last and protected tokens first.
+    """`score` [B, G or 1, n] of the dense slots as float32 or float64 with padding last and protected tokens first.
 
     Protected are the newest `recent` (one number, or one per row) and the oldest `first` real tokens of each row, by
     position, not by slot.
     """
-    score = score.float()
+    score = score if score.dtype == torch.float64 else score.float()
     valid = store.dense.get("valid")
     if isinstance(recent, Tensor):
         since = store.seen - recent.to(score.device)[:, None, None]
@@ -95,9 +95,9 @@ class Evict:
         values, index = _best(score, most)
         inside = torch.arange(most, device=score.device) < keep[:, None, None]
         held_slots = (values > -torch.inf) & inside
-        if self.order != "score":
-            index, order = index.sort(-1)
-            held_slots = held_slots.gather(-1, order)
+        if self.order != "score":  # what a row has no use for lies first, so that nothing is between neighbours
+            index = torch.where(held_slots, index, index - n).sort(-1).values
+            held_slots, index = index >= 0, index % n
         store.evict(index, None if bool(held_slots.all()) else held_slots)
 
 

@@ -35,6 +35,16 @@ class Even:
         return {call.layer: self.of(call)}
 
 
+def at_least(tokens: Callable[[Call], Keep], least: int) -> Callable[[Call], Keep]:
+    """`tokens`, but never fewer than `least`, which are protected anyway."""
+
+    def enough(call: Call) -> Keep:
+        keep = tokens(call)
+        return keep.clamp(min=least) if isinstance(keep, Tensor) else max(keep, least)
+
+    return enough
+
+
 def over(budget: Even) -> Trigger:
     """Due whenever a layer holds more than `budget` allows, but not between the parts of a prompt."""
 

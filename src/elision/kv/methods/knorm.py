@@ -3,10 +3,12 @@
 "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", EMNLP 2024, https://arxiv.org/abs/2406.11430.
 
 Reproduced is the released rule: per KV head, the tokens with the smallest Euclidean norm of their key stay; layers of
-`skip` are left alone (the paper spares the first two of some models). Norms are float32, since in half precision most
-of them tie. Difference: the release keeps a ratio of what is held at each call, from `prune_after` tokens on; here the
-number kept is the budget, a share being one of the prompt. `decode=False` compresses prompts only; `recent` protects
-the newest tokens (none in the release).
+`skip` are left alone (the paper spares the first two of some models). Norms are computed in float32 and rounded to 12
+bits: the keys of one word in the first layer, and all keys where the model normalises them, have equal norms that
+rotation blurs in the last bits only; of equal norms the newest stay (the release leaves it to its sort). Difference:
+the release keeps a ratio of what is held at each call, from `prune_after` tokens on; here the number kept is the
+budget, a share being one of the prompt. `decode=False` compresses prompts only; `recent` protects the newest tokens
+(none in the release).
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from elision.errors import OptionError
 from elision.kv.actions import Evict
-from elision.kv.budgets import Even, over
+from elision.kv.budgets import Even, at_least, over
 from elision.kv.method import EvictingMethod, KVHost
 from elision.kv.parts import Call, Rule
 from elision.kv.store import LayerStore
@@ -35,16 +38,22 @@ class KeyNorms:
         store = call.store
         known = "norm" in store.dense
         k = store.dense["k"][:, :, -call.m :] if known else store.dense["k"]
-        norm = k.float().norm(dim=-1)
+        norm = _rounded(k.float().norm(dim=-1))
         if known:
             store.dense["norm"][:, :, -call.m :] = norm
         else:
             store.dense["norm"], store.fills["norm"] = norm, 0.0
 
     def score(self, call: Call, store: LayerStore) -> Tensor:
-        """[B, G, n]."""
+        """[B, G, n], float64: of equal norms the newer counts more."""
         del call
-        return -store.dense["norm"]
+        positions = store.positions()[:, :, -store.dense.n :]
+        return store.dense["norm"] * (positions.double() * 2.0**-40 - 1)  # the norms' own grid is 2^-12
+
+
+def _rounded(norm: Tensor) -> Tensor:
+    """Positive float32 with 12 bits of fraction, so that norms equal but for rounding are equal."""
+    return ((norm.contiguous().view(torch.int32) + 2**10) & -(2**11)).view(torch.float32)
 
 
 @register
@@ -62,7 +71,9 @@ class Knorm(EvictingMethod):
     control: ClassVar[bool] = True
 
     skip: tuple[int, ...] = option((), "layers that keep everything, by their index in the model")
-    recent: int = option(0, "newest tokens that always stay; they count towards the budget", ge=0)
+    recent: int = option(
+        0, "newest tokens that always stay; they count towards the budget, which is at least this", ge=0
+    )
     decode: bool = option(True, "hold the budget while decoding too")
 
     def __post_init__(self) -> None:
@@ -76,7 +87,7 @@ class Knorm(EvictingMethod):
         """One: drop the largest keys."""
         if unknown := sorted(set(self.skip) - set(host.layers)):
             raise OptionError(f"{self.name}: skip names layers {unknown}, but those managed are {list(host.layers)}")
-        budget = Even(self.tokens)
+        budget = Even(at_least(self.tokens, self.recent))
         full = over(budget)
 
         def due(call: Call) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from elision.kv.actions import Evict
-from elision.kv.budgets import Even, over
+from elision.kv.budgets import Even, at_least, over
 from elision.kv.method import EvictingMethod, KVHost
 from elision.kv.parts import Call, Rule
 from elision.kv.store import LayerStore
@@ -76,12 +76,14 @@ class Random(EvictingMethod):
     control: ClassVar[bool] = True
 
     seed: int = option(0, "another seed keeps other tokens", ge=0)
-    recent: int = option(0, "newest tokens that always stay; they count towards the budget", ge=0)
+    recent: int = option(
+        0, "newest tokens that always stay; they count towards the budget, which is at least this", ge=0
+    )
     decode: bool = option(True, "hold the budget while decoding too")
 
     def rules(self, host: KVHost) -> Sequence[Rule]:
         """One: drop the lowest numbers."""
-        budget = Even(self.tokens)
+        budget = Even(at_least(self.tokens, self.recent))
         full = over(budget)
 
         def due(call: Call) -> bool:

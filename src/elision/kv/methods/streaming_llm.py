@@ -19,7 +19,7 @@ from torch import Tensor
 
 from elision.errors import OptionError
 from elision.kv.actions import Evict
-from elision.kv.budgets import Even, over
+from elision.kv.budgets import Even, at_least, over
 from elision.kv.method import EvictingMethod, KVHost
 from elision.kv.parts import Rule
 from elision.kv.scorers import Newest, newest
@@ -65,5 +65,5 @@ class StreamingLLM(EvictingMethod):
 
     def rules(self, host: KVHost) -> Sequence[Rule]:
         """One: drop the oldest token that is no sink."""
-        budget = Even(self.tokens)
+        budget = Even(at_least(self.tokens, self.sinks + 1))
         return [Rule(over(budget), Newest(), budget, Evict(first=self.sinks))]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from elision.kv.actions import Evict
-from elision.kv.budgets import Even, over
+from elision.kv.budgets import Even, at_least, over
 from elision.kv.method import EvictingMethod, KVHost
 from elision.kv.parts import Rule
 from elision.kv.scorers import LastRow
@@ -38,10 +38,12 @@ class TOVA(EvictingMethod):
     heads: str = option(
         "all", "whose weights count: those of all heads together, or of each KV head", choices=("all", "group")
     )
-    recent: int = option(0, "newest tokens that always stay; they count towards the budget", ge=0)
+    recent: int = option(
+        0, "newest tokens that always stay; they count towards the budget, which is at least this", ge=0
+    )
 
     def rules(self, host: KVHost) -> Sequence[Rule]:
         """One: drop the lowest weights of the last row."""
-        budget = Even(self.tokens)
+        budget = Even(at_least(self.tokens, self.recent))
         scorer = LastRow("all" if self.heads == "all" else "mean")
         return [Rule(over(budget), scorer, budget, Evict(recent=self.recent))]

@@ -7,14 +7,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from elision.bench import stats
+from elision.bench.claims import Measured
 from elision.bench.kv import measure
 from elision.bench.kv.measure import Outcome, Truth
 from elision.bench.kv.subject import LanguageSubject
 from elision.bench.kv.tasks import TASKS, Prompt, prompts
+from elision.bench.spec import parse
 from elision.bench.stats import Estimate
 from elision.errors import OptionError
+from elision.kv.fit import record
 from elision.kv.method import KVMethod
+from elision.kv.parts import Call
 from elision.profile import Profile
 
 _REMEMBERED = 8192  # tokens whose queries, keys, values and outputs are kept: 1.5 GB of SmolLM2
@@ -40,6 +47,7 @@ class KVLab:
     _tried: dict[Trial, list[Outcome]] = field(default_factory=dict)
     _full: dict[tuple[str, int], list[Outcome]] = field(default_factory=dict)
     _profiles: dict[KVMethod, Profile] = field(default_factory=dict)
+    _oracles: dict[tuple[int, int], dict[int, Tensor]] = field(default_factory=dict)
 
     def prompts(self, task: str, length: int) -> list[Prompt]:
         """A prompt per seed."""
@@ -54,6 +62,7 @@ class KVLab:
         made = self.prompts(task, length)
         while self._truths and self._tokens() + sum(len(p.turns[0].ids) for p in made) > _REMEMBERED:
             self._truths.popitem(last=False)
+            self._oracles.clear()
         found = []
         for batch in measure.batches(made, self.rows):
             self.told(f"{task}, full cache, seeds {batch[0].seed} to {batch[-1].seed}")
@@ -116,3 +125,65 @@ class KVLab:
         """Bytes held as a share of the full cache's, on average."""
         values = self.values(method, "share", task, length)
         return sum(values) / len(values)
+
+    def versus(self, ours: str, theirs: str, task: str, length: int, what: str = "nll") -> Measured:
+        """The lead of one method over another, each as text; what was held stands in the setting."""
+        mine, other = method(ours), method(theirs)
+        held = f"{self.share(mine, task, length):.1%} and {self.share(other, task, length):.1%} of the bytes"
+        value = self.lead(mine, other, what, task, length)
+        return Measured(f"{task}, {ours} against {theirs}", value, held)
+
+    def against_full(self, ours: str, task: str, length: int, what: str = "nll") -> Measured:
+        """The lead of a method over the full cache."""
+        mine = method(ours)
+        full = self.values(None, what, task, length)
+        remark = f"{self.share(mine, task, length):.1%} of the bytes; full cache {sum(full) / len(full):.3g}"
+        return Measured(f"{task}, {ours} against the full cache", self.lead(mine, None, what, task, length), remark)
+
+    # -- what is kept --------------------------------------------------------------------------------------------------
+
+    def layers(self, ours: KVMethod, task: str, length: int) -> Tensor:
+        """Tokens held after the prompt, [prompts, layers]."""
+        return torch.tensor([outcome.layers for outcome in self.outcomes(ours, task, length)])
+
+    @torch.no_grad()
+    def recall(self, ours: KVMethod, task: str, length: int, budget: int) -> list[float]:
+        """How much of what decoding will look at is kept: share of the `budget` prompt tokens with most attention from
+        the answer's own queries, per layer and KV head, that the method holds after the prompt; one per prompt."""
+        found: dict[int, float] = {}
+        profile = self.profile(ours, length)
+        for truth in self.truths(task, length):
+            best = self._oracle(truth, budget)
+            kept = measure.kept(self.subject, ours, truth, profile)
+            hits = [_hits(best[layer], positions) for layer, positions in kept.items()]  # each [B]
+            for prompt, value in zip(truth.prompts, torch.stack(hits).mean(0).tolist(), strict=True):
+                found[prompt.seed] = value
+        return [found[seed] for seed in self.seeds]
+
+    def _oracle(self, truth: Truth, budget: int) -> dict[int, Tensor]:
+        """Per layer the prompt tokens that the answer's queries attend to most, [B, G, budget]."""
+        key = (id(truth), budget)
+        if key not in self._oracles:
+            answer, length = truth.answers[0], truth.recording.ids.shape[1]
+            best: dict[int, Tensor] = {}
+
+            def seen(call: Call) -> None:
+                weights = call.probs(answer.shape[1])[..., :length].sum(3).mean(2)  # [B, G, n]
+                best[call.layer] = weights.topk(min(budget, length)).indices
+
+            record(self.subject.model, [torch.cat([truth.recording.ids, answer], 1)], seen)
+            self._oracles[key] = best
+        return self._oracles[key]
+
+
+def method(text: str) -> KVMethod:
+    """A method from its text."""
+    found = parse(text).method
+    assert isinstance(found, KVMethod)
+    return found
+
+
+def _hits(best: Tensor, kept: Tensor) -> Tensor:
+    """Share of `best` [B, G, k] that is among `kept` [B, G or 1, n], per row."""
+    kept = kept.expand(-1, best.shape[1], -1).to(best.device)
+    return (best[..., None] == kept[..., None, :]).any(-1).float().mean((1, 2))

@@ -177,12 +177,7 @@ def trial(subject: LanguageSubject, method: KVMethod, truth: Truth, profile: Any
     prompts, recording = truth.prompts, truth.recording
     with applied(subject.model, method, profile, notes) as run:
         cache = run.cache()
-        if replayable(run):
-            replay(run, recording, cache)
-            logits = recording.logits
-        else:
-            ids = recording.ids
-            logits = subject.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = _prompt(subject, run, recording, cache)
         layers, kept = _held(run, cache, recording.ids.shape[1])
         predicted = _play(subject, prompts, cache, logits, truth.answers)
         report = run.report()
@@ -192,6 +187,25 @@ def trial(subject: LanguageSubject, method: KVMethod, truth: Truth, profile: Any
     for row, outcome in enumerate(outcomes):
         outcome.layers = [float(counts[row]) for counts in layers]
     return Trial(outcomes, report, kept, [*notes, *report.notes])
+
+
+def _prompt(subject: LanguageSubject, run: KVApplied, recording: Recording, cache: DynamicCache) -> Tensor:
+    """Pass the prompts, for real only where that is needed; the logits after them [B, V]."""
+    if replayable(run):
+        replay(run, recording, cache)
+        return recording.logits
+    out = subject.model(recording.ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits: Tensor = out.logits[:, -1]
+    return logits
+
+
+@torch.no_grad()
+def kept(subject: LanguageSubject, method: KVMethod, truth: Truth, profile: Any = None) -> dict[int, Tensor]:
+    """Sequence indices that every layer holds after the prompts: [B, G, n], -1 where a row holds fewer."""
+    with applied(subject.model, method, profile, []) as run:
+        cache = run.cache()
+        _prompt(subject, run, truth.recording, cache)
+        return run.kept(cache)
 
 
 @torch.no_grad()

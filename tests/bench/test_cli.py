@@ -110,7 +110,6 @@ def test_demo_asks_a_language_model(zoo: None, tmp_path: Path, monkeypatch: pyte
     told = json.loads(run("demo", "--seeds", "1", "--json").stdout)
     assert [a["label"] for a in told["answers"]] == ["full cache", "cake:budget=0.25", "zipcache"]
     assert all(a["bytes_held"] <= a["bytes_full"] for a in told["answers"])
-    assert "night train" in run("demo", "--seeds", "1").stdout
 
 
 def test_reproduce_returns_zero_whatever_the_verdicts(zoo: None, tmp_path: Path) -> None:

@@ -185,8 +185,8 @@ def needle(subject: LanguageSubject, length: int, seed: int, depth: float) -> Pr
 def lines(subject: LanguageSubject, length: int, seed: int, depth: float) -> Prompt:
     """Line retrieval: a record of named lines with a number each; one is asked for.
 
-    The usual wording puts the name first ("line apple: REGISTER_CONTENT is ..."). With the name beside the number a model
-    of 135 M parameters answers about twice as often.
+    The usual wording puts the name first ("line apple: REGISTER_CONTENT is ..."). With the name beside the number a
+    model of 135 M parameters answers about twice as often.
     """
     rng = random.Random(seed)
     names = texts.draw(rng, texts.WORDS, len(texts.WORDS))

@@ -31,9 +31,8 @@ def test_methods_lists_the_registry() -> None:
     assert sorted(row["name"] for row in rows) == [m.name for m in elision.methods()]
     text = run("methods").stdout
     assert all(m.name in text for m in elision.methods())
-    assert [r["name"] for r in json.loads(run("methods", "--family", "denoise", "--json").stdout)] == [
-        m.name for m in elision.methods("denoise")
-    ]
+    listed = json.loads(run("methods", "--family", "denoise", "--json").stdout)
+    assert [row["name"] for row in listed] == [m.name for m in elision.methods("denoise")]
 
 
 def test_show_tells_options_with_ranges_and_the_paper() -> None:

@@ -125,9 +125,9 @@ def strip(report: DenoiseReport) -> str:
     return report.strip()
 
 
-def known_methods() -> list[str]:
-    """Names of all registered methods of the family that these tests are for."""
-    return [row.name for row in elision.methods("denoise")]
+def known_methods(family: str | None = "denoise") -> list[str]:
+    """Names of the registered methods of the family that this suite runs; with None of all families."""
+    return [row.name for row in elision.methods(family)]
 
 
 Hook = Callable[[int], None]

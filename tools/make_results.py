@@ -92,8 +92,8 @@ def claims() -> str:
     prompts = f", {setting['prompts']} prompts of {setting['length']} tokens per task" if setting.get("prompts") else ""
     return (
         f"## What the papers say, measured here\n\n`elision reproduce all` on `{setting.get('model')}`, seeds "
-        f"{setting.get('seeds')}{prompts}: {summary}. The verdict is computed: a claim holds where the whole 95 % interval lies "
-        "on the claimed side.\n\n"
+        f"{setting.get('seeds')}{prompts}: {summary}. The verdict is computed: a claim holds where the whole 95 % "
+        "interval lies on the claimed side.\n\n"
         + table(("claim", "paper", "T", "setting", "ours", "verdict"), body)
         + f"\n\n*{head['environment'].get('date', '')[:10]}*\n"
     )
@@ -185,9 +185,10 @@ def kv_quality() -> str:
     columns = ("cache", "bytes", *setting["tasks"], "Δ nats", "KL")
     missing = [f"`{row['label']}`: {row['why']}" for row in rows if row["share"] is None]
     return (
-        f"## Quality of K/V caches\n\n{setting['model']}, {len(setting['seeds'])} prompts of {setting['length']} tokens "
-        "per task; `elision compare kv`. Tasks: share of right answers, continuation: perplexity of what the full cache "
-        "says; Δ nats: answer tokens' negative log-likelihood minus the full cache's; intervals over prompts.\n\n"
+        f"## Quality of K/V caches\n\n{setting['model']}, {len(setting['seeds'])} prompts of {setting['length']} "
+        "tokens per task; `elision compare kv`. Tasks: share of right answers, continuation: perplexity of what the "
+        "full cache says; Δ nats: answer tokens' negative log-likelihood minus the full cache's; intervals over "
+        "prompts.\n\n"
         f"{table(columns, body)}\n\n{'; '.join(missing)}\n\n*{head['environment'].get('date', '')[:10]}*\n"
     )
 

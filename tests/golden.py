@@ -36,7 +36,11 @@ def cases(slug: str) -> dict[str, Case]:
             c["name"],
             c["options"],
             c["expected"],
-            {k.removeprefix(c["name"] + "/"): v for k, v in tensors.items() if k.startswith(c["name"] + "/")},
+            {
+                k[len(c["name"]) + 1 :]: v
+                for k, v in tensors.items()
+                if k.startswith((c["name"] + "/", c["name"] + "."))
+            },
             c.get("tolerance", {"rtol": 1e-5, "atol": 1e-6}),
         )
         for c in about["cases"]

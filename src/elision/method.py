@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from elision.profile import Profile
     from elision.session import Applied
 
-FAMILIES = ("denoise", "dllm")
+FAMILIES = ("denoise", "kv", "dllm")
 
 
 @dataclass(frozen=True)

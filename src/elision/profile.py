@@ -20,12 +20,17 @@ from elision.errors import ProfileError, ProfileMismatch
 
 FORMAT = "elision-profile-1"
 UNKNOWN = "unknown"
+_PASSING = ("transformers_version", "dtype", "torch_dtype")
 _BINDING = ("method", "model", "config", "weights", "scheduler", "scheduler_config", "steps")
 
 
 def config_hash(config: Any) -> str:
-    """A short hash of a configuration's public entries (diffusers' `FrozenDict`, a dict, or None)."""
-    entries = {str(k): repr(v) for k, v in dict(config or {}).items() if not str(k).startswith("_")}
+    """A short hash of a configuration's public entries (of diffusers, of transformers, a dict, or None).
+
+    Versions and dtypes are left out: the same model in another precision is the same model.
+    """
+    found = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+    entries = {str(k): repr(v) for k, v in found.items() if not str(k).startswith("_") and k not in _PASSING}
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:16]
 
 

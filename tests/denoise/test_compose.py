@@ -160,9 +160,9 @@ def test_names_in_a_list_take_their_defaults_and_no_options() -> None:
 def test_every_pair_of_methods_has_an_answer() -> None:
     """And it does not depend on the order."""
     loop = Loop("flux")
-    mine = [find(row.name) for row in elision.methods("denoise")]
-    for a in mine:
-        for b in mine:
+    denoisers = [find(row.name) for row in elision.methods("denoise")]
+    for a in denoisers:
+        for b in denoisers:
             answers = []
             for pair in ([a(), b()], [b(), a()]):
                 try:

@@ -3,9 +3,9 @@
 Two places of one decoder are tapped, per instance: the decoder's call, where a session learns what enters and puts its
 cache layers in place, and the call of every managed attention module, where it sees queries, keys and values after the
 rotation. Attention classes look their function up under the name in `self.config`, so each managed module gets a
-shallow copy of its config with a private name; the model's own config, its masks and its unmanaged layers stay as they are. The
-tap adds one keyword to the call, which every attention class hands through to the function; without it the private name
-means the function that the model used before.
+shallow copy of its config with a private name; the model's own config, its masks and its unmanaged layers stay as they
+are. The tap adds one keyword to the call, which every attention class hands through to the function; without it the
+private name means the function that the model used before.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Tensor parts that families share."""
+"""Ground-floor tensor parts that families share; nothing here knows a model or a method."""

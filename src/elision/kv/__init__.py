@@ -1,0 +1,1 @@
+"""K/V caches of autoregressive transformers: what to keep, at which precision, and where."""

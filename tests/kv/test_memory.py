@@ -1,0 +1,57 @@
+"""Bytes are counted from storages, and are close to the arithmetic minimum."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import elision
+from elision.session import storage_bytes
+from tests.kv.models import TINY
+
+
+@pytest.fixture(scope="module")
+def model() -> AutoModelForCausalLM:
+    """Heads as wide as real ones, so that positions and scores weigh what they do in practice."""
+    config = AutoConfig.for_model("llama", **{**TINY, "head_dim": 64, "max_position_embeddings": 2048})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("h2o", {"budget": 128}), ("snapkv", {"budget": 128, "window": 16})],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_bytes_held(model: torch.nn.Module, name: str, options: dict[str, int], dtype: torch.dtype) -> None:
+    model = model.to(dtype)
+    ids = torch.randint(10, 64, (2, 600))
+    with elision.apply(model, name, **options) as run:
+        cache = run.cache()
+        model(ids, past_key_values=cache)
+        tensors = [t for layer in cache.layers for t in layer.store.dense.tensors()]
+        assert run.report().bytes_held == storage_bytes(tensors)
+        least = 2 * 2 * 128 * 2 * 2 * 64 * torch.finfo(dtype).bits // 8  # layers, batch, slots, k and v, heads, width
+        assert run.report().bytes_held <= 1.05 * least
+        for token in range(10, 40):
+            model(torch.full((2, 1), token), past_key_values=cache)
+            slots = cache.layers[0].store.n
+            least = 2 * 2 * slots * 2 * 2 * 64 * torch.finfo(dtype).bits // 8
+            assert run.report().bytes_held <= 1.15 * least
+        report = run.report()
+    assert report.bytes_full == 2 * 2 * 630 * 2 * 2 * 64 * torch.finfo(dtype).bits // 8
+    assert report.bytes_peak < report.bytes_full
+    model.float()
+
+
+@torch.no_grad()
+def test_budgets_in_tokens_shares_and_bytes_are_one(model: torch.nn.Module) -> None:
+    ids = torch.randint(10, 64, (1, 512))
+    slot = 2 * 2 * 2 * 64 * 4  # layers, k and v, heads, width, float32
+    held = []
+    for budget in (128, 0.25, f"{slot * 128}B"):
+        with elision.apply(model, "h2o", budget=budget) as run:
+            model(ids)
+            held.append(run.report().slots)
+    assert held == [{0: 128, 1: 128}] * 3

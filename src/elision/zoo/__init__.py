@@ -43,6 +43,11 @@ _ENTRIES: Mapping[str, Entry] = {
             "class-conditional rectified flow on Fashion-MNIST, FluxTransformer2DModel",
             "garments_flux",
         ),
+        Entry(
+            "digits-mdlm",
+            "masked-diffusion language model of written-out sums, recall, copying and sorting, LlamaForCausalLM",
+            "digits_mdlm",
+        ),
     )
 }
 

@@ -68,7 +68,7 @@ def test_an_experiment_that_the_model_does_not_support_is_not_testable(subject: 
 
 
 def test_every_method_has_a_claim_and_every_claim_a_method() -> None:
-    assert set(claims.claims()) == {row.name for row in elision.methods("denoise")}
+    assert set(claims.claims()) == {row.name for row in elision.methods()}
     for mine in claims.claims().values():
         for claim in mine:
             assert claim.statement
@@ -152,7 +152,8 @@ def reproduction(subject: Subject) -> Reproduction:
 
 
 def test_all_claims_run_and_each_finding_is_judged(reproduction: Reproduction) -> None:
-    assert {f.claim for f in reproduction.findings} == {c.key for mine in claims.claims().values() for c in mine}
+    known = [c for mine in claims.claims().values() for c in mine if c.family == "denoise"]
+    assert {f.claim for f in reproduction.findings} == {c.key for c in known}
     assert set(reproduction.verdicts()) <= {"holds", "does not hold", "not testable here"}
     by_claim = {f.claim: f for f in reproduction.findings}
     assert by_claim["taylorseer/published-models"].verdict == "not testable here"

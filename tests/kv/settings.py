@@ -36,7 +36,7 @@ ACTIVE: dict[str, list[Options]] = {
     ],
     "snapkv": [{"budget": 12, "window": 4}, {"budget": 0.5, "window": 3, "pooling": "max"}],
     "uniform_rtn": [
-        SMOOTH | {"residual": 5, "group": 4, "value_group": 2},
+        SMOOTH | {"residual": 5, "group": 4},
         SMOOTH | {"residual": 3, "keys": "token", "bits": 3},
     ],
     "zipcache": [
@@ -46,7 +46,7 @@ ACTIVE: dict[str, list[Options]] = {
     ],
 }
 
-# Methods (with their options) that drop tokens, so that slots held can be compared with the budget.
+# Methods that hold every token, most of them in packed form.
 PACKS: frozenset[str] = frozenset({"mikv", "uniform_rtn", "zipcache"})
 
 

@@ -18,13 +18,11 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from elision.bench.stats import Estimate
 from elision.errors import OptionError, UnsupportedTarget
-
-if TYPE_CHECKING:
-    from elision.bench.lab import Lab
+from elision.method import find
 
 Direction = Literal["above", "below", "at most", "equal"]
 Verdict = Literal["holds", "does not hold", "not testable here"]
@@ -45,7 +43,8 @@ class Measured:
     why: str = ""
 
 
-Measure = Callable[["Lab", int], Iterable[Measured]]
+# called with the laboratory of the method's family, and a number of steps (denoise) or a length in tokens (kv)
+Measure = Callable[[Any, int], Iterable[Measured]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,8 @@ class Claim:
         direction: on which side of `bound` the number must lie: "above" and "below" ask it of the whole interval,
             "at most" of the mean, "equal" of the mean within `tolerance` (relative).
         baseline: what the method is compared with.
-        measure: the experiment, called with a lab and a number of steps.
+        measure: the experiment, called with the lab of the method's family and a number of steps, or for methods on
+            K/V caches a length in tokens.
         bound: the number without an effect.
         tolerance: for "equal".
         once: whether the number of steps makes no difference.
@@ -81,6 +81,11 @@ class Claim:
     def method(self) -> str:
         """The method that the claim is about."""
         return self.key.partition("/")[0]
+
+    @property
+    def family(self) -> str:
+        """The family of that method."""
+        return find(self.method).family
 
 
 @dataclass(frozen=True)
@@ -122,8 +127,8 @@ def judge(claim: Claim, measured: Measured) -> tuple[Verdict, str]:
     return "does not hold", f"the interval contains {bound:g}: no difference is shown{remark}"
 
 
-def examine(claim: Claim, lab: Lab, steps: int) -> list[Finding]:
-    """Run the experiment of a claim and judge every number it gives."""
+def examine(claim: Claim, lab: Any, steps: int, *, stepped: bool = True) -> list[Finding]:
+    """Run the experiment of a claim and judge every number it gives; `stepped` if `steps` counts steps of a run."""
     try:
         rows = list(claim.measure(lab, steps))
     except (UnsupportedTarget, OptionError) as error:
@@ -140,7 +145,7 @@ def examine(claim: Claim, lab: Lab, steps: int) -> list[Finding]:
                 claim.metric,
                 claim.direction,
                 claim.baseline,
-                None if claim.once else steps,
+                None if claim.once or not stepped else steps,
                 row.setting,
                 row.value,
                 verdict,

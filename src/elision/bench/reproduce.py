@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elision.bench import claims, results
-from elision.bench.claims import Finding
-from elision.bench.lab import Lab
-from elision.bench.subject import load_subject
+from elision.bench.claims import Claim, Finding
 from elision.errors import OptionError, UnknownName
 
 if TYPE_CHECKING:
@@ -26,18 +24,29 @@ def _silent(done: int, total: int, what: str) -> None:
 
 @dataclass
 class Reproduction:
-    """What `run_claims` returns."""
+    """What `run_claims` returns.
+
+    Attributes:
+        names: of the methods.
+        model: what was tested on; one for each family, joined by commas.
+        steps, seeds, images: of the denoise methods; images per run.
+        prompts, length: of the methods on K/V caches: prompts per task, and their tokens.
+        findings: in the order of the claims.
+    """
 
     names: list[str]
-    model: str
-    steps: list[int]
-    seeds: list[int]
-    images: int
+    model: str = ""
+    steps: list[int] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    images: int = 0
+    prompts: int = 0
+    length: int = 0
     findings: list[Finding] = field(default_factory=list)
 
     def setting(self) -> dict[str, Any]:
         """What was asked for."""
-        return {name: getattr(self, name) for name in ("names", "model", "steps", "seeds", "images")}
+        names = ("names", "model", "steps", "seeds", "images", "prompts", "length")
+        return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """Setting and findings, for JSON."""
@@ -52,15 +61,20 @@ class Reproduction:
         """How many findings have each verdict."""
         return Counter(finding.verdict for finding in self.findings)
 
+    def _size(self) -> str:
+        parts = [f"{self.images} images per run, {len(self.seeds)} seeds"] if self.images else []
+        parts += [f"{self.prompts} prompts of {self.length} tokens per task"] if self.prompts else []
+        return "".join(f", {part}" for part in parts)
+
     def table(self) -> Table:
         """A rich table: claim, paper, ours with its interval, verdict."""
         from rich.table import Table
 
         counts = self.verdicts()
         table = Table(
-            title=f"claims on {self.model}, {self.images} images per run, {len(self.seeds)} seeds",
+            title=f"claims on {self.model}{self._size()}",
             caption=", ".join(f"{counts[verdict]} {verdict}" for verdict in _STYLES if counts[verdict])
-            + " · intervals are 95 % over seeds",
+            + " · intervals are 95 % over seeds, of K/V methods over prompts",
             title_style="bold",
             caption_style="dim",
             show_lines=False,
@@ -88,20 +102,44 @@ class Reproduction:
 def run_claims(
     names: Sequence[str],
     *,
-    model: Any = "garments-flux",
+    model: Any = None,
+    family: str | None = None,
     steps: Sequence[int] = (28, 50),
     seeds: int | Sequence[int] = 6,
+    prompts: int | Sequence[int] = 12,
+    length: int = 320,
     progress: Callable[[int, int, str], None] = _silent,
 ) -> Reproduction:
-    """Test the claims of methods on one model.
+    """Test the claims of methods, each family on a model of its own.
 
     Args:
         names: methods, or `all`.
-        model: a zoo name, a hub id, a local path, a loaded pipeline or a `Subject`.
-        steps: numbers of steps to test at.
-        seeds: how many, or which; at least two, or there is no interval to judge by.
+        model: a zoo name, a hub id, a local path, a loaded pipeline or (model, tokenizer), a `Subject` or
+            `LanguageSubject`; by default `garments-flux` for denoise methods and `smollm2` for those on K/V caches.
+        family: only methods of this family; needed beside a `model` where names belong to several.
+        steps: numbers of steps to test denoise methods at.
+        seeds: how many, or which, for denoise methods; at least two, or there is no interval to judge by.
+        prompts: the same for methods on K/V caches: prompts of every task.
+        length: tokens of such a prompt.
         progress: told how many of how many experiments are done, and what runs next.
     """
+    chosen = _choose(names, family or _family_of(model))
+    families = list(dict.fromkeys(claim.family for claim in chosen))
+    if model is not None and len(families) > 1:
+        raise OptionError(f"one model cannot serve {' and '.join(families)}: name the family")
+    out = Reproduction(list(dict.fromkeys(claim.method for claim in chosen)))
+    models: list[str] = []
+    for name in families:
+        mine = [claim for claim in chosen if claim.family == name]
+        if name == "kv":
+            models.append(_kv(out, mine, model, _numbers(prompts, "prompt"), length, progress))
+        else:
+            models.append(_denoise(out, mine, model, _numbers(seeds, "seed"), steps, progress))
+    out.model = ", ".join(models)
+    return out
+
+
+def _choose(names: Sequence[str], family: str | None) -> list[Claim]:
     known = claims.claims()
     chosen: list[str] = []
     for name in names:
@@ -109,22 +147,64 @@ def run_claims(
         if name != "all" and key not in known:
             raise UnknownName.of("method with claims", name, [*known, "all"])
         chosen += [n for n in (known if name == "all" else [key]) if n not in chosen]
-    numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    found = [claim for name in chosen for claim in known[name] if family in (None, claim.family)]
+    if not found:
+        raise OptionError(f"none of {', '.join(names)} is a method of the family {family!r}")
+    return found
+
+
+def _family_of(model: Any) -> str | None:
+    """The family that a model is for, where that can be told without loading it."""
+    if model is None:
+        return None
+    if isinstance(model, str):
+        return {"smollm2": "kv", "garments-flux": "denoise"}.get(model)
+    return "kv" if isinstance(model, tuple) or (hasattr(model, "tokenizer") and hasattr(model, "frame")) else "denoise"
+
+
+def _numbers(given: int | Sequence[int], what: str) -> list[int]:
+    numbers = list(range(given)) if isinstance(given, int) else list(given)
     if len(numbers) < 2:
-        raise OptionError(f"{len(numbers)} seed gives no confidence interval to judge by; give at least 2")
+        raise OptionError(f"{len(numbers)} {what} gives no confidence interval to judge by; give at least 2")
+    return numbers
+
+
+Progress = Callable[[int, int, str], None]
+
+
+def _denoise(
+    out: Reproduction, mine: Sequence[Claim], model: Any, seeds: list[int], steps: Sequence[int], progress: Progress
+) -> str:
+    from elision.bench.lab import Lab
+    from elision.bench.subject import load_subject
+
     if not steps or min(steps) < 2:
         raise OptionError(f"steps={list(steps)} is out of range; each must be at least 2")
-    subject = load_subject(model)
-    tests = [(claim, total) for name in chosen for claim in known[name] for total in _grids(claim, steps)]
+    subject = load_subject("garments-flux" if model is None else model)
+    tests = [(claim, total) for claim in mine for total in _grids(claim, steps)]
     place = [0]
-    lab = Lab(subject, numbers, lambda what: progress(place[0], len(tests), what))
+    lab = Lab(subject, seeds, lambda what: progress(place[0], len(tests), what))
     lab.warm_up(steps[0])
-    out = Reproduction(chosen, subject.name, list(steps), numbers, len(subject.prompts))
+    out.steps, out.seeds, out.images = list(steps), seeds, len(subject.prompts)
     for place[0], (claim, total) in enumerate(tests):
         progress(place[0], len(tests), claim.key)
         out.findings += claims.examine(claim, lab, total)
-    return out
+    return subject.name
 
 
-def _grids(claim: claims.Claim, steps: Sequence[int]) -> Sequence[int]:
+def _kv(out: Reproduction, mine: Sequence[Claim], model: Any, seeds: list[int], length: int, progress: Progress) -> str:
+    from elision.bench.kv.lab import KVLab
+    from elision.bench.kv.subject import load_language
+
+    subject = load_language("smollm2" if model is None else model)
+    place = [0]
+    lab = KVLab(subject, seeds, lambda what: progress(place[0], len(mine), what))
+    out.prompts, out.length = len(seeds), length
+    for place[0], claim in enumerate(mine):
+        progress(place[0], len(mine), claim.key)
+        out.findings += claims.examine(claim, lab, length, stepped=False)
+    return subject.name
+
+
+def _grids(claim: Claim, steps: Sequence[int]) -> Sequence[int]:
     return steps[:1] if claim.once else steps

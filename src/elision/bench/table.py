@@ -61,7 +61,7 @@ def comparison_table(comparison: Comparison, steps: int, width: int | None = Non
     texts = [cells(row) for row in rows]
     columns = [name for name in texts[0] if name == "" or any(text[name] != "–" for text in texts)]
     for name in _DISPENSABLE:
-        if width is not None and _width(columns, texts) > width and name in columns:
+        if width is not None and width_of(columns, texts) > width and name in columns:
             columns.remove(name)
     images = len(comparison.prompts) * len(comparison.seeds)
     table = Table(
@@ -87,6 +87,6 @@ def comparison_table(comparison: Comparison, steps: int, width: int | None = Non
 _DISPENSABLE = ("calls", "to real", "seconds", "SSIM", "distance", "peak held", "LPIPS", "accuracy", "FLOPs")
 
 
-def _width(columns: list[str], texts: list[dict[str, str]]) -> int:
+def width_of(columns: list[str], texts: list[dict[str, str]]) -> int:
     """Letters of a line: every column as wide as its longest cell, with padding, dividers and both edges."""
     return sum(max(len(name), *(len(text[name]) for text in texts)) + 3 for name in columns) + 1

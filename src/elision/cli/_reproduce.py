@@ -12,9 +12,15 @@ from elision.cli._common import JsonFlag, need_bench, out, print_json, print_tab
 
 def reproduce(
     names: Annotated[list[str], typer.Argument(help="Methods whose claims are tested, or `all`.")],
-    model: Annotated[str, typer.Option(help="Zoo name, hub id or local path of a pipeline.")] = "garments-flux",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Zoo name, hub id or local path; by default garments-flux, and smollm2 for K/V methods."),
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="Only methods of this family.")] = None,
     steps: Annotated[str, typer.Option(help="Numbers of steps to test at.")] = "28,50",
     seeds: Annotated[str, typer.Option(help='How many seeds ("6"), or which ("3,7").')] = "6",
+    prompts: Annotated[str, typer.Option(help="Prompts per task, for K/V methods.")] = "12",
+    length: Annotated[int, typer.Option(min=192, help="Tokens of a prompt, for K/V methods.")] = 320,
     output: Annotated[Path | None, typer.Option("--out", "--output", "-o", help="Result file (.jsonl).")] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -26,7 +32,16 @@ def reproduce(
     from elision.bench.reproduce import run_claims
 
     with progress(silent=as_json) as move:
-        result = run_claims(names, model=model, steps=steps_of(steps) or [28], seeds=seeds_of(seeds), progress=move)
+        result = run_claims(
+            names,
+            model=model,
+            family=family,
+            steps=steps_of(steps) or [28],
+            seeds=seeds_of(seeds),
+            prompts=seeds_of(prompts),
+            length=length,
+            progress=move,
+        )
     path = result.save(output or Path("results") / f"reproduce-{'-'.join(result.names)}.jsonl")
     if as_json:
         print_json({**result.to_dict(), "files": {"results": str(path)}})

@@ -28,6 +28,8 @@ def attend(session: KVApplied, att: Attention, forward: Forward, store: LayerSto
     if att.rotary is not None:
         q, keys = _roll(session, att, forward, store, keys)
     mask = mask_for(att, forward, store)
+    if forward.extra and forward.drafts:
+        mask = _without_drafts(att, forward, mask, store.n)
     if session.method.wants_lse and mask is None and att.q.shape[2] > 1 and _has_kernel(att, q, values):
         # the same kernel that SDPA picks, which computes the log-sum-exp anyway
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -65,6 +67,16 @@ def mask_for(att: Attention, forward: Forward, store: LayerStore) -> Tensor | No
     return _with_validity(att, new, valid, stored)
 
 
+def _without_drafts(att: Attention, forward: Forward, mask: Tensor | None, n: int) -> Tensor:
+    """Pseudo rows stand right behind the prompt, so they do not see the guesses that lie between."""
+    m = att.q.shape[2]
+    seen = torch.ones(m, n, dtype=torch.bool, device=att.q.device).tril(n - m)
+    seen[m - forward.extra :, n - forward.extra - forward.drafts : n - forward.extra] = False
+    if mask is None:
+        return seen[None, None]
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+
+
 def _with_validity(att: Attention, new: Tensor | None, valid: Tensor | None, stored: int) -> Tensor:
     b, heads, m = att.q.shape[:3]
     if new is None:
@@ -86,17 +98,33 @@ def _roll(
 ) -> tuple[Tensor, Tensor]:
     """Queries and unrotated keys turned to the index of their slot among the real ones of their row."""
     n, m = keys.shape[2], att.q.shape[2]
-    valid = store.valid()
-    if valid is None:
-        if n not in forward.rotary:
-            forward.rotary[n] = _angles(session, att, torch.arange(n, device=keys.device)[None])
-        cos, sin = forward.rotary[n]
-    else:
-        place = valid[:, 0].long().cumsum(-1).sub(1).clamp(min=0)  # padding lies first, in all heads alike
-        cos, sin = _angles(session, att, place)
+    if n not in forward.rotary:
+        forward.rotary[n] = _angles(session, att, torch.arange(n, device=keys.device)[None])
+    cos, sin = forward.rotary[n]
+    place = _places(store)
+    if place is not None:
+        cos, sin = cos[0][place], sin[0][place]
     keys = att.rotate(keys, keys, cos, sin)[1]
     q = att.rotate(att.q, att.q, cos[:, n - m :], sin[:, n - m :])[0]
     return q, keys
+
+
+def _places(store: LayerStore) -> Tensor | None:
+    """Index of every slot among the real ones of its row, [B, n]; None if that is the index of the slot.
+
+    Where heads hold different tokens, slots lie in the order of time; otherwise positions say what the order is.
+    """
+    valid, places = store.valid(), store.dense.get("pos")
+    if valid is None and (places is None or places.shape[1] > 1):
+        return None
+    if places is None or places.shape[1] > 1:
+        assert valid is not None
+        return valid[:, 0].long().cumsum(-1).sub(1).clamp(min=0)  # padding lies first, in all heads alike
+    places = places[:, 0]
+    order = (places if valid is None else places.masked_fill(~valid[:, 0], -1)).argsort(-1)
+    n = torch.arange(order.shape[1], device=order.device)
+    rank = torch.empty_like(order).scatter_(-1, order, n.expand_as(order))
+    return rank if valid is None else (rank - (~valid[:, 0]).sum(-1, keepdim=True)).clamp(min=0)
 
 
 def _angles(session: KVApplied, att: Attention, places: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from elision.kv.parts import Call, Keep
+from torch import Tensor
+
+from elision.kv.parts import Call, Keep, Trigger
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,28 @@ class Even:
     def allot(self, call: Call) -> Mapping[int, Keep]:
         """This layer alone."""
         return {call.layer: self.of(call)}
+
+
+def at_least(tokens: Callable[[Call], Keep], least: int) -> Callable[[Call], Keep]:
+    """`tokens`, but never fewer than `least`, which are protected anyway."""
+
+    def enough(call: Call) -> Keep:
+        keep = tokens(call)
+        return keep.clamp(min=least) if isinstance(keep, Tensor) else max(keep, least)
+
+    return enough
+
+
+def over(budget: Even) -> Trigger:
+    """Due whenever a layer holds more than `budget` allows, but not between the parts of a prompt."""
+
+    def due(call: Call) -> bool:
+        if call.phase == "prompt_chunk":
+            return False
+        keep = budget.of(call)
+        return isinstance(keep, Tensor) or call.store.dense.n > keep  # rows differ: the action knows what each holds
+
+    return due
 
 
 def exceeds(store_n: int, keep: Keep) -> bool:

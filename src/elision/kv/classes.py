@@ -9,7 +9,7 @@ from torch import Tensor
 
 from elision.kv.packed import narrow
 from elision.kv.parts import Keep
-from elision.kv.store import LayerStore, Tier, rows
+from elision.kv.store import LayerStore, Tier
 
 List = tuple[Tensor, Tensor | None]  # slots [B, G, n], and which of them are real (None: all)
 
@@ -76,9 +76,9 @@ def counted(listed: List) -> Tensor | None:
 
 def picked(store: LayerStore, listed: List) -> Tokens:
     """The dense tokens at the slots `listed`."""
-    index, valid = listed
-    pos = rows(store.positions()[..., -store.dense.n :], index)
-    return Tokens(rows(store.dense["k"], index), rows(store.dense["v"], index), narrow(pos, store.seen), valid)
+    (index, valid), dense = listed, store.dense
+    pos = dense.pick("pos", index) if "pos" in dense else index + (store.seen - dense.n)
+    return Tokens(dense.pick("k", index), dense.pick("v", index), narrow(pos, store.seen), valid)
 
 
 def decoded(tier: Tier, k: Tensor, v: Tensor) -> Tokens:

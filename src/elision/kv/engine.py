@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -34,7 +35,7 @@ class Forward:
         book: the cache it writes.
         m: tokens that enter, pseudo rows included.
         first: sequence index of the first of them.
-        phase, starts, lengths, extra: as in `Call`.
+        phase, starts, lengths, extra, drafts: as in `Call`.
         valid: which of them are real, [B, m]; None if all are.
         masks: masks made so far in this forward, by number of stored slots.
         rotary: cos and sin of slot indices made so far, by number of slots.
@@ -48,6 +49,7 @@ class Forward:
     valid: Tensor | None
     lengths: int | Tensor
     extra: int = 0
+    drafts: int = 0
     masks: dict[int, Tensor] = field(default_factory=dict)
     rotary: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -198,17 +200,14 @@ class KVApplied(Applied):
         forward = self._enter(book, kwargs)
         started, outer = perf_counter(), self._forward
         self._forward = forward
-        bystanders = _keep_all(cache) if forward.extra else []
         try:
-            out = inner(**kwargs)
+            with _keep_all(cache, forward.extra):
+                out = inner(**kwargs)
         except BaseException:
             book.broken = True
             raise
         finally:
             self._forward = outer
-            for layer, was in bystanders:
-                layer.crop(-forward.extra)
-                layer.record_past = was
         self.ledger.seconds.computing += perf_counter() - started
         self.ledger.take(book)
         return _without_pseudo(out, forward.m - forward.extra) if forward.extra else out
@@ -230,6 +229,7 @@ class KVApplied(Applied):
             )
         if self._announced is not None:
             book.prompt_until, self._announced = first + self._announced, None
+        drafts = 0 if book.prompt_until is None else max(first + m - max(book.prompt_until, first), 0)
         phase, starts = self._phase(book, first, m)
         new = None if mask is None else mask[:, -m:].bool()
         if new is not None and bool(new.all()):
@@ -240,9 +240,23 @@ class KVApplied(Applied):
         seen = first + m
         lengths: int | Tensor = seen if book.padding is None else seen - book.padding
         forward = Forward(book, m, first, phase, starts, new, lengths)
-        if self.pseudo is not None:
+        forward.drafts = drafts if phase == "prompt_end" else 0
+        if self.method.stored() and first and not book.intact:
+            kwargs["position_ids"] = self._behind(forward, kwargs.get("position_ids"))
+        if self.pseudo is not None and phase != "step":
             self._observe(forward, kwargs)
         return forward
+
+    def _behind(self, forward: Forward, places: Tensor | None) -> Tensor:
+        """Positions of the new tokens counted on from what the first layer holds, in the shape of the model's own."""
+        store, m = forward.book.stores[self.layers[0]], forward.m
+        k, held = store.dense["k"], store.valid()
+        start = torch.full((len(k), 1), store.n, device=k.device) if held is None else held[:, 0].sum(-1, keepdim=True)
+        new = (
+            torch.ones(len(k), m, dtype=torch.long, device=k.device) if forward.valid is None else forward.valid.long()
+        )
+        behind = (start + new.cumsum(-1) - 1).clamp(min=0)
+        return behind if places is None or places.ndim == 2 else behind.expand(*places.shape[:-2], *behind.shape)
 
     def _phase(self, book: Book, first: int, m: int) -> tuple[Phase, bool]:
         """Which part of which phase these m tokens are, and whether a prompt starts with them."""
@@ -260,36 +274,34 @@ class KVApplied(Applied):
         return "step", False
 
     def _observe(self, forward: Forward, kwargs: dict[str, Any]) -> None:
-        """Put the method's pseudo rows behind the last part of a prompt."""
-        embeds = kwargs.pop("inputs_embeds", None)
-        if embeds is None:
-            embeds = self.host.decoder.get_input_embeddings()(kwargs["input_ids"])  # type: ignore[operator]
-        kwargs["input_ids"], kwargs["inputs_embeds"] = None, embeds
-        pseudo, state = self.pseudo, forward.book.state
+        """Put the method's pseudo rows behind the last part of a prompt, at the positions that follow it."""
+        pseudo, state, drafts = self.pseudo, forward.book.state, forward.drafts
         assert pseudo is not None
-        if forward.phase == "step":
-            return
-        parts = [] if forward.starts else state.pop("prompt", [])
-        parts.append((embeds, forward.valid))
+        embed = self.host.decoder.get_input_embeddings()  # type: ignore[operator]
+        embeds = kwargs.get("inputs_embeds")
+        embeds = embed(kwargs["input_ids"]) if embeds is None else embeds
+        parts = [] if forward.starts else state.get("prompt", [])
+        of_prompt = forward.m - drafts
+        parts = [*parts, (embeds[:, :of_prompt], None if forward.valid is None else forward.valid[:, :of_prompt])]
         if forward.phase == "prompt_chunk":
             state["prompt"] = parts
             return
-        if not pseudo.wanted(forward.lengths):
+        state.pop("prompt", None)
+        if not pseudo.wanted(forward.lengths - drafts):
             return
-        rows = pseudo.rows(torch.cat([e for e, _ in parts], 1), _joined(parts))
-        forward.extra = n = rows.shape[1]
-        forward.m += n
-        kwargs["inputs_embeds"] = torch.cat([embeds, rows.to(embeds.dtype)], 1)
-        mask, places = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        if mask is not None:
-            kwargs["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), n)], 1)
-        if forward.valid is not None:
-            more = forward.valid.new_ones(len(forward.valid), n)
-            forward.valid = torch.cat([forward.valid, more], 1)
-        forward.lengths = forward.lengths + n
+        rows = pseudo.rows(torch.cat([e for e, _ in parts], 1), _joined(parts), embed)
+        kwargs["input_ids"], kwargs["inputs_embeds"] = None, torch.cat([embeds, rows.to(embeds)], 1)
+        mask, places, b, n = kwargs.get("attention_mask"), kwargs.get("position_ids"), len(rows), rows.shape[1]
+        if places is None and (pseudo.offset or drafts):
+            places = torch.arange(forward.first, forward.first + forward.m, device=rows.device)[None]
         if places is not None:
-            after = places[..., -1:] + torch.arange(1, n + 1, device=places.device)
-            kwargs["position_ids"] = torch.cat([places, after], -1)
+            after = torch.arange(1, n + 1, device=places.device) + pseudo.offset
+            kwargs["position_ids"] = torch.cat([places, places[..., of_prompt - 1 : of_prompt] + after], -1)
+        if mask is not None:
+            kwargs["attention_mask"] = torch.cat([mask, mask.new_ones(b, n)], 1)
+        if forward.valid is not None:
+            forward.valid = torch.cat([forward.valid, forward.valid.new_ones(b, n)], 1)
+        forward.extra, forward.m, forward.lengths = n, forward.m + n, forward.lengths + n
 
     def _attention(self, att: Attention) -> Out:
         forward = self._forward
@@ -316,6 +328,7 @@ class KVApplied(Applied):
             lengths=forward.lengths,
             lse=lse,
             extra=forward.extra,
+            drafts=forward.drafts,
         )
         if forward.phase != "step":  # a step fits into buffers that are counted after it
             self.ledger.high(book)
@@ -414,9 +427,15 @@ def _prompt_end(args: tuple[Any, ...], kwargs: dict[str, Any], past: int) -> int
 
 
 def _without_pseudo(out: Any, m: int) -> Any:
+    """What the decoder returned for the first m rows alone."""
+    if isinstance(out, tuple):
+        return (out[0][:, :m], *out[1:])
     out.last_hidden_state = out.last_hidden_state[:, :m]
     if getattr(out, "hidden_states", None) is not None:
         out.hidden_states = tuple(h[:, :m] for h in out.hidden_states)
+    if getattr(out, "attentions", None) is not None:
+        extra = out.attentions[0].shape[2] - m
+        out.attentions = tuple(a[:, :, :m, : a.shape[3] - extra] for a in out.attentions)
     return out
 
 
@@ -424,13 +443,24 @@ def _joined(parts: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
     """Which tokens of a prompt that came in parts are real, [B, S]; None if all are."""
     if all(valid is None for _, valid in parts):
         return None
-    return torch.cat([torch.ones(e.shape[:2], dtype=torch.bool) if v is None else v for e, v in parts], 1)
+    return torch.cat([e.new_ones(e.shape[:2], dtype=torch.bool) if v is None else v for e, v in parts], 1)
 
 
-def _keep_all(cache: Any) -> list[tuple[Any, bool]]:
-    """Let sliding layers keep what they would drop while pseudo rows pass; returns them with their former setting."""
-    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
-    before = [(layer, getattr(layer, "record_past", False)) for layer in layers]
-    for layer in layers:
-        layer.record_past = True
-    return before
+@contextmanager
+def _keep_all(cache: Any, extra: int) -> Iterator[None]:
+    """Let sliding layers keep what they would drop while pseudo rows pass, and take these rows out of them again."""
+    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)] if extra else []
+    recorded = [getattr(layer, "record_past", False) for layer in layers]
+    try:
+        for layer in layers:
+            layer.record_past = True
+        yield
+        for layer, before in zip(layers, recorded, strict=True):
+            layer.keys, layer.values = layer.keys[:, :, :-extra], layer.values[:, :, :-extra]
+            if layer.is_sliding:
+                layer.cumulative_length -= extra
+                if not before:  # else whoever records will crop it
+                    layer.crop(0)
+    finally:
+        for layer, before in zip(layers, recorded, strict=True):
+            layer.record_past = before

@@ -56,6 +56,10 @@ class KVMethod(Method):
         """Whether keys are kept unrotated and turned to the index of their slot at every step (position rolling)."""
         return False
 
+    def stored(self) -> bool:
+        """Whether new tokens are placed behind what the first layer holds, instead of at their true position."""
+        return False
+
     def before(self, store: LayerStore, m: int) -> None:
         """Called before the m tokens of a new prompt enter a layer that holds some already."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -36,6 +36,7 @@ class Call:
         lengths: real tokens seen by each row including these, [B], or one number where no row is padded.
         lse: log-sum-exp of the logits of every query, [B, Hq, m], where the attention kernel gave it.
         extra: how many of the m rows are pseudo tokens at the end, which leave the store after scoring.
+        drafts: how many tokens follow the prompt (guesses of assisted decoding); pseudo rows do not see them.
     """
 
     store: LayerStore
@@ -51,6 +52,7 @@ class Call:
     lengths: Keep
     lse: Tensor | None = None
     extra: int = 0
+    drafts: int = 0
 
     @property
     def m(self) -> int:
@@ -104,6 +106,9 @@ class Call:
         logits = self._logits(q, self.read())
         n = logits.shape[-1]
         self._hide_future(logits, n - rows)
+        if self.extra and self.drafts:
+            end = n - self.extra
+            logits[..., max(rows - self.extra, 0) :, end - self.drafts : end] = -torch.inf
         weights = logits.softmax(-1)
         return weights if q_valid is None else weights * q_valid[:, None, None, :, None]
 
@@ -245,8 +250,18 @@ def steps(call: Call) -> bool:
 class Pseudo(Protocol):
     """Rows that are put behind a prompt to observe it, and leave before anything is decoded."""
 
+    @property
+    def offset(self) -> int:
+        """Positions between the end of the prompt and the first row."""
+
     def wanted(self, lengths: Keep) -> bool:
         """Whether a prompt of this many real tokens (one number, or [B]) is to be observed at all."""
 
-    def rows(self, prompt: Tensor, valid: Tensor | None) -> Tensor:
-        """The rows [B, count, d], from the prompt's embeddings [B, S, d] and which of its tokens are real [B, S]."""
+    def rows(self, prompt: Tensor, valid: Tensor | None, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """The rows [B, count, d].
+
+        Args:
+            prompt: the prompt's embeddings [B, S, d].
+            valid: which of its tokens are real [B, S]; None if all are.
+            embed: the model's embeddings of token ids.
+        """

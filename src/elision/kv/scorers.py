@@ -107,3 +107,35 @@ class Window:
 def last_row(call: Call, reduce: Reduce = "mean") -> Tensor:
     """Weights of the newest query over every slot, [B, G or 1, n]."""
     return reduce_group(call.probs(1)[:, :, :, 0], reduce)
+
+
+@dataclass(frozen=True)
+class LastRow:
+    """Weights of the newest query alone (TOVA)."""
+
+    reduce: Reduce = "mean"
+
+    def observe(self, call: Call) -> None:
+        """Nothing to remember."""
+
+    def score(self, call: Call, store: LayerStore) -> Tensor:
+        """[B, G or 1, n]."""
+        return last_row(call, self.reduce)
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The newer, the better."""
+
+    def observe(self, call: Call) -> None:
+        """Nothing to remember."""
+
+    def score(self, call: Call, store: LayerStore) -> Tensor:
+        """[B, 1, n]."""
+        del call
+        return newest(store)
+
+
+def newest(store: LayerStore) -> Tensor:
+    """Positions of the dense slots as scores, [B, G or 1, n]."""
+    return store.positions()[:, :, -store.dense.n :]

@@ -107,6 +107,10 @@ class Slots:
         self._buffers = {name: rows(buffer, index) for name, buffer in self._buffers.items()}
         self._bytes, self.n = None, index.shape[2]
 
+    def pick(self, name: str, index: Tensor) -> Tensor:
+        """One column at the slots `index` [B, G or 1, k], as a copy."""
+        return rows(self._buffers[name], index)
+
     def take(self, index: Tensor) -> dict[str, Tensor]:
         """The columns at the slots `index` [B, G or 1, k], as copies."""
         return {name: rows(buffer, index) for name, buffer in self._buffers.items()}
@@ -309,6 +313,18 @@ class LayerStore:
         self.evicted += self.dense["k"].shape[1] * len(victim)
         self.dense.overwrite(victim)
 
+    def blank(self, slot: Tensor, rows: Tensor) -> None:
+        """Drop the token in `slot` [B, G or 1] where `rows` [B, 1] says so, without moving anything."""
+        self.untidy()
+        n, heads = self.dense.n, slot.shape[1]
+        valid = self.dense.get("valid")
+        if valid is None:
+            valid = torch.ones(len(slot), heads, n, dtype=torch.bool, device=slot.device)
+        valid = valid.expand(-1, max(valid.shape[1], heads), -1)
+        spare = valid.scatter(-1, slot.expand(-1, valid.shape[1])[:, :, None], False)
+        self.evicted += int(rows.sum()) * self.dense["k"].shape[1]
+        self.dense["valid"] = torch.where(rows[:, :, None], spare, valid)
+
     def crop(self, count: int) -> None:
         """Forget the newest `count` tokens seen, wherever their slots are."""
         if count <= 0:
@@ -351,8 +367,9 @@ class LayerStore:
 
 
 def _filled(column: Tensor | float, k: Tensor) -> Tensor:
-    """A column [B, 1, m] of one number, where it is not a tensor yet."""
+    """A column of one number where it is not a tensor yet: [B, 1, m], of what a scorer keeps per head [B, G, m]."""
     if isinstance(column, Tensor):
         return column
     kind = torch.bool if isinstance(column, bool) else torch.int32 if isinstance(column, int) else torch.float32
-    return torch.full((len(k), 1, k.shape[2]), column, dtype=kind, device=k.device)
+    heads = k.shape[1] if kind == torch.float32 else 1
+    return torch.full((len(k), heads, k.shape[2]), column, dtype=kind, device=k.device)

@@ -37,7 +37,7 @@ from elision.kv.method import KVHost, KVMethod
 from elision.kv.packed import RowTier
 from elision.kv.parts import Call, Keep, Rule
 from elision.kv.scorers import ColumnSums
-from elision.kv.store import LayerStore, rows
+from elision.kv.store import LayerStore
 from elision.method import Paper, option, register
 from elision.tensors.packing import DTYPES, Grid
 
@@ -113,7 +113,7 @@ class Demote:
         if self.method.hi_bits < 16 and hi is None:
             tier = self._tier(store, self.method.hi_bits)
             first = picked(store, high)
-            tier.append(first.k, first.v, first.pos, counted(high), score=rows(store.dense["score"], high[0]))
+            tier.append(first.k, first.v, first.pos, counted(high), score=store.dense.pick("score", high[0]))
             store.tiers.append(tier)
             store.demote(high[0][..., :0])
         elif low[0].shape[-1]:
@@ -127,7 +127,7 @@ class Demote:
         assert isinstance(hi, RowTier)
         new = every(store)
         tokens = picked(store, new)
-        hi.append(tokens.k, tokens.v, tokens.pos, counted(new), score=rows(score, new[0]))
+        hi.append(tokens.k, tokens.v, tokens.pos, counted(new), score=store.dense.pick("score", new[0]))
         store.demote(new[0][..., :0])
         return hi
 
@@ -148,7 +148,7 @@ class Demote:
             shapes = [(*low[0].shape, store.dense[name].shape[-1]) for name in ("k", "v")]
             k, v = (torch.empty(shape, device=low[0].device) for shape in shapes)
             hi.take(low[0], k, v)
-            tokens = Tokens(k, v, rows(hi.meta["pos"], low[0]), low[1])
+            tokens = Tokens(k, v, hi.meta.pick("pos", low[0]), low[1])
         if len(store.tiers) == (hi is not None):
             store.tiers.insert(0, self._tier(store, int(self.method.lo_bits)))
         lo = store.tiers[0]

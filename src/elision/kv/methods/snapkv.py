@@ -18,7 +18,7 @@ from torch import Tensor
 
 from elision.errors import OptionError
 from elision.kv.actions import Evict
-from elision.kv.budgets import Even
+from elision.kv.budgets import Even, at_least
 from elision.kv.method import EvictingMethod, KVHost
 from elision.kv.parts import Call, Rule, prompt_end
 from elision.kv.scorers import Reduce, Window, pool, reduce_group
@@ -73,4 +73,6 @@ class SnapKV(EvictingMethod):
     def rules(self, host: KVHost) -> Sequence[Rule]:
         """One: evict when the prompt is through."""
         scorer = WindowSum(self.window, self.reduce, self.kernel, self.pooling)  # type: ignore[arg-type]
-        return [Rule(prompt_end, scorer, Even(self.tokens), Evict(recent=self.window, order="time"))]
+        return [
+            Rule(prompt_end, scorer, Even(at_least(self.tokens, self.window)), Evict(recent=self.window, order="time"))
+        ]

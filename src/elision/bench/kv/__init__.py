@@ -1,0 +1,1 @@
+"""Comparisons of KV methods: language tasks, real bytes, paired times."""

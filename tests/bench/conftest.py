@@ -38,13 +38,15 @@ def subject() -> Subject:
 def zoo(monkeypatch: pytest.MonkeyPatch) -> None:
     """The zoo's loader, giving small random models."""
     import elision.zoo
-    from elision.errors import UnknownName
+    from elision.errors import MissingDependency, UnknownName
 
     def load(name: str, folder: object = None) -> object:
         if name == "garments-flux":
             return small_pipeline()
         if name == "garments-classifier":
             return small_classifier()
+        if name == "smollm2":
+            raise MissingDependency("smollm2 comes in a package that is not installed")
         raise UnknownName.of("zoo model", name, ["garments-flux", "garments-classifier"])
 
     monkeypatch.setattr(elision.zoo, "load", load)

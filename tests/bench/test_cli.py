@@ -93,8 +93,24 @@ def test_demo_ends_with_a_table_and_the_path_of_the_report(
     monkeypatch.chdir(tmp_path)
     found = run("demo", "--seeds", "1")
     assert "PSNR" in found.stdout
+    assert "no language model was asked" in found.stdout
     assert found.stdout.strip().endswith(str(tmp_path / "results" / "demo.html"))
     assert (tmp_path / "results" / "demo.jsonl").exists()
+
+
+def test_demo_asks_a_language_model(zoo: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import elision.zoo
+    from tests.bench.kv.conftest import small_subject
+
+    small, load = small_subject(), elision.zoo.load
+    monkeypatch.setattr(
+        elision.zoo, "load", lambda name: (small.model, small.tokenizer) if name == "smollm2" else load(name)
+    )
+    monkeypatch.chdir(tmp_path)
+    told = json.loads(run("demo", "--seeds", "1", "--json").stdout)
+    assert [a["label"] for a in told["answers"]] == ["full cache", "cake:budget=0.25", "zipcache"]
+    assert all(a["bytes_held"] <= a["bytes_full"] for a in told["answers"])
+    assert "night train" in run("demo", "--seeds", "1").stdout
 
 
 def test_reproduce_returns_zero_whatever_the_verdicts(zoo: None, tmp_path: Path) -> None:

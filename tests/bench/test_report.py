@@ -12,7 +12,7 @@ import torch
 from elision.bench.compare import Comparison, compare_denoise
 from elision.bench.report import render, write_report
 from elision.bench.report._images import difference_uri, sample_uri
-from elision.bench.report._plot import Point, scatter, ticks
+from elision.bench.report._plot import Frame, Point, scatter, ticks
 from elision.bench.subject import Subject
 
 STEPS = 9
@@ -71,7 +71,7 @@ def test_a_comparison_from_a_file_renders_without_images(comparison: Comparison,
 
 
 def test_no_plot_without_points() -> None:
-    assert scatter([], "x", "name") == ""
+    assert scatter([], Frame("x"), "name") == ""
 
 
 def test_ticks_are_round_and_cover_the_range() -> None:
@@ -85,7 +85,7 @@ def test_ticks_are_round_and_cover_the_range() -> None:
 
 def test_labels_of_neighbouring_points_do_not_overlap() -> None:
     points = [Point(2.0 + 0.001 * i, 30.0, 29.0, 31.0, f"method-{i}", "method") for i in range(5)]
-    svg = scatter(points, "x", "name")
+    svg = scatter(points, Frame("x"), "name")
     places = re.findall(r'class="label method" x="([\d.]+)" y="([\d.]+)"', svg)
     assert len(set(places)) == 5
     for i, (x, y) in enumerate(places):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import elision
-from elision.cli import _catalogue, _compare, _doctor, _reproduce, _zoo
+from elision.cli import _catalogue, _compare, _demo, _doctor, _reproduce, _zoo
 from elision.cli._common import Group
 from elision.errors import MissingDependency
 
@@ -37,7 +37,7 @@ def _root(
     del version
 
 
-app.command("demo")(_compare.demo)
+app.command("demo")(_demo.demo)
 app.command("methods")(_catalogue.methods)
 app.command("show")(_catalogue.show)
 app.add_typer(_compare.app, name="compare")

@@ -1,16 +1,18 @@
-"""`elision compare denoise` and `elision demo`."""
+"""`elision compare denoise`, `elision compare kv`, `elision compare serving`."""
 
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from elision.cli._common import (
     Group,
     JsonFlag,
+    need,
     need_bench,
     out,
     print_json,
@@ -67,21 +69,66 @@ def denoise(
             controls=controls,
             progress=move,
         )
-    _publish(result, output or _default(result.model), report, as_json)
+    publish(result, output or _default(result.model), report, as_json)
 
 
-def demo(
+@app.command("kv")
+def kv(
+    model: Annotated[str, typer.Option(help="Zoo name, hub id or local path of a causal language model.")] = "smollm2",
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(help='Methods with options, as in "cake:budget=0.25,zipcache,h2o:budget=128"; repeatable.'),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help='Tasks, as in "needle,continuation"; by default all.')] = None,
+    prompts: Annotated[str, typer.Option(help='How many prompts per task ("5"), or which seeds ("3,7").')] = "5",
+    length: Annotated[int, typer.Option(min=96, help="Tokens of every prompt.")] = 384,
+    controls: Annotated[bool, typer.Option(help="Add window, random and transformers' other caches.")] = True,
+    timing: Annotated[int, typer.Option(min=0, help="Rounds of the timing; 0 leaves it out.")] = 3,
+    harness: Annotated[
+        str | None, typer.Option(help='Also run these tasks of the package lm-eval, as in "niah_single_1,wikitext".')
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Samples of every task of lm-eval.")] = None,
     output: Annotated[Path | None, typer.Option("--out", "--output", "-o", help="Result file (.jsonl).")] = None,
-    seeds: Annotated[str, typer.Option(help="How many seeds.")] = "3",
+    report: Annotated[bool, typer.Option(help="Also write the HTML report beside the result file.")] = True,
     as_json: JsonFlag = False,
 ) -> None:
-    """Compare the default methods on the small garment model that ships with the library; under two minutes."""
-    need_bench(report=True)
-    from elision.bench.compare import compare_denoise
+    """Compare K/V cache methods: quality, bytes and speed, each beside the full cache and transformers' own ones."""
+    need("scipy", *(("jinja2",) if report else ()), extra="bench")
+    need("transformers", extra="transformers")
+    from elision.bench.kv.compare import compare_kv
+    from elision.bench.kv.report import write_report
+    from elision.bench.kv.subject import load_language
 
+    if harness:
+        need("lm_eval", extra="transformers' plus the package lm-eval")
     with progress(silent=as_json) as move:
-        result = compare_denoise("garments-flux", "auto", seeds=seeds_of(seeds), progress=move)
-    _publish(result, output or RESULTS / "demo.jsonl", True, as_json)
+        move(0, 1, f"loading {model}")
+        subject = load_language(model)
+        result = compare_kv(
+            subject,
+            methods or "auto",
+            tasks=tasks,
+            prompts=seeds_of(prompts),
+            length=length,
+            controls=controls,
+            timing=timing,
+            progress=move,
+        )
+    path = result.save(output or _default(f"kv-{result.model}"))
+    page = write_report(result, path.with_suffix(".html")) if report else None
+    found: dict[str, Any] = {}
+    if harness:
+        from elision.bench.kv.harness import evaluate
+
+        found = evaluate(subject, methods or "auto", harness.split(","), limit=limit)
+    if as_json:
+        files = {"results": str(path), "report": str(page) if page else None}
+        print_json({**result.to_dict(), "harness": found, "files": files})
+        return
+    print_table(result.table(table_width()))
+    _say(result.notes, path, page)
+    for label, scores in found.items():
+        out.print(f"lm-eval  {label}: {scores}", highlight=False, soft_wrap=True)
 
 
 def _default(model: str) -> Path:
@@ -89,8 +136,8 @@ def _default(model: str) -> Path:
     return RESULTS / f"compare-{model.replace('/', '-')}-{now}.jsonl"
 
 
-def _publish(result: Comparison, path: Path, report: bool, as_json: bool) -> None:
-    """Write the files, print the table."""
+def publish(result: Comparison, path: Path, report: bool, as_json: bool, more: Mapping[str, Any] | None = None) -> None:
+    """Write the files, print the table; `more` goes into the JSON."""
     result.save(path)
     page: Path | None = None
     if report:
@@ -99,11 +146,15 @@ def _publish(result: Comparison, path: Path, report: bool, as_json: bool) -> Non
         page = write_report(result, path.with_suffix(".html"))
     if as_json:
         files = {"results": str(path), "report": str(page) if page else None}
-        print_json({**result.to_dict(), "files": files})
+        print_json({**result.to_dict(), **(more or {}), "files": files})
         return
     for steps in result.steps:
         print_table(result.table(steps, table_width()))
-    for note in result.notes:
+    _say(result.notes, path, page)
+
+
+def _say(notes: Iterable[str], path: Path, page: Path | None) -> None:
+    for note in notes:
         out.print(f"note: {note}", style="dim", highlight=False, soft_wrap=True)
     out.print(f"results  {path}", highlight=False, soft_wrap=True)
     if page:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 import elision
 from elision.bench.environment import environment
 from elision.bench.report._images import AMPLIFY, difference_uri, sample_uri
-from elision.bench.report._plot import points, scatter
+from elision.bench.report._plot import Frame, points, scatter
 from elision.bench.summary import Arm, Comparison, Row
 from elision.bench.table import cells
 
@@ -41,6 +41,24 @@ def write_report(comparison: Comparison, path: str | Path) -> Path:
 
 def render(comparison: Comparison) -> str:
     """The report as one HTML document."""
+    return (
+        templates()
+        .get_template("report.html")
+        .render(
+            comparison=comparison,
+            sections=[_section(comparison, steps) for steps in comparison.steps],
+            environment=comparison.environment or environment(),
+            amplify=AMPLIFY,
+            states=STATES,
+            kinds=KINDS,
+            version=elision.__version__,
+            images=len(comparison.prompts) * len(comparison.seeds),
+        )
+    )
+
+
+def templates() -> Environment:
+    """The templates of reports."""
     jinja = Environment(
         loader=PackageLoader("elision.bench", "report"),
         autoescape=True,
@@ -49,16 +67,7 @@ def render(comparison: Comparison) -> str:
         lstrip_blocks=True,
     )
     jinja.filters["breakable"] = breakable
-    return jinja.get_template("report.html").render(
-        comparison=comparison,
-        sections=[_section(comparison, steps) for steps in comparison.steps],
-        environment=comparison.environment or environment(),
-        amplify=AMPLIFY,
-        states=STATES,
-        kinds=KINDS,
-        version=elision.__version__,
-        images=len(comparison.prompts) * len(comparison.seeds),
-    )
+    return jinja
 
 
 def breakable(label: str) -> Markup:
@@ -74,8 +83,8 @@ def _section(comparison: Comparison, steps: int) -> dict[str, Any]:
     by_time = points(rows, lambda row: row.speedup)
     by_cost = points(rows, lambda row: row.flops_ratio)
     plots = [
-        ("by wall time", scatter(by_time, "speed-up, wall time of the whole pipeline", f"plot-time-{steps}")),
-        ("by operations", scatter(by_cost, "denoiser FLOPs saved, as a factor", f"plot-flops-{steps}")),
+        ("by wall time", scatter(by_time, Frame("speed-up, wall time of the whole pipeline"), f"plot-time-{steps}")),
+        ("by operations", scatter(by_cost, Frame("denoiser FLOPs saved, as a factor"), f"plot-flops-{steps}")),
     ]
     return {
         "steps": steps,

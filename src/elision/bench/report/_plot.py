@@ -29,6 +29,26 @@ class Point:
     right: float | None = None
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What the axes of a plot are about.
+
+    Attributes:
+        x_title, y_title: beside the axes.
+        about: what the plot shows, for readers who do not see it.
+        unit: behind the numbers of the horizontal axis.
+        least: a number that the horizontal axis begins at or before.
+        y_unit: behind a point's quality.
+    """
+
+    x_title: str
+    y_title: str = "PSNR to the uncached run, dB"
+    about: str = "Quality against speed"
+    unit: str = "×"
+    least: float = 1.0
+    y_unit: str = " dB"
+
+
 def points(rows: Sequence[Row], x_of: Callable[[Row], Estimate | float | None]) -> list[Point]:
     """The arms that have a finite quality and a speed; the uncached run has no error and is left out."""
     found: list[Point] = []
@@ -53,11 +73,11 @@ def ticks(low: float, high: float, most: int = 7) -> list[float]:
     return [round(i * step, 10) for i in range(first, last + 1)]
 
 
-def scatter(found: Sequence[Point], x_title: str, name: str) -> str:
-    """An SVG of quality over speed: the line is plain sampling with fewer steps, the mark to beat."""
+def scatter(found: Sequence[Point], frame: Frame, name: str) -> str:
+    """An SVG of quality over cost: the line is plain sampling with fewer steps, the mark to beat where it is drawn."""
     if not found:
         return ""
-    xs = ticks(min(1.0, *(p.x for p in found)), max(p.x for p in found), 6)
+    xs = ticks(min(frame.least, *(p.x for p in found)), max(p.x for p in found), 6)
     ys = ticks(min(p.y for p in found), max(p.y for p in found))
 
     def sx(x: float) -> float:
@@ -69,16 +89,16 @@ def scatter(found: Sequence[Point], x_title: str, name: str) -> str:
         return HEIGHT - BOTTOM - (y - ys[0]) / (ys[-1] - ys[0]) * (HEIGHT - TOP - BOTTOM)
 
     best = max(found, key=lambda p: p.y)
-    summary = f"Quality against speed, {len(found)} points; the highest quality is {best.label} at {best.y:.1f} dB"
+    summary = f"{frame.about}, {len(found)} points; the highest quality is {best.label} at {best.y:.1f}{frame.y_unit}"
     parts = [
         f'<svg class="plot" id="{name}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(summary)}" '
         'xmlns="http://www.w3.org/2000/svg">',
-        *_axes(xs, ys, sx, sy, x_title),
+        *_axes(xs, ys, sx, sy, frame),
         _line([p for p in found if p.kind == "fewer_steps"], sx, sy),
     ]
-    order = {"fewer_steps": 0, "control": 1, "method": 2}
-    ordered = sorted(found, key=lambda p: order[p.kind])
-    parts += [_marker(p, sx, sy) for p in ordered]
+    order = {"control": 1, "method": 2}
+    ordered = sorted(found, key=lambda p: order.get(p.kind, 0))
+    parts += [_marker(p, sx, sy, frame) for p in ordered]
     parts += _labels([p for p in reversed(ordered) if p.kind != "fewer_steps"], ordered, sx, sy)
     return "\n".join([*parts, "</svg>"])
 
@@ -86,7 +106,7 @@ def scatter(found: Sequence[Point], x_title: str, name: str) -> str:
 Scale = Callable[[float], float]
 
 
-def _axes(xs: Sequence[float], ys: Sequence[float], sx: Scale, sy: Scale, x_title: str) -> list[str]:
+def _axes(xs: Sequence[float], ys: Sequence[float], sx: Scale, sy: Scale, frame: Frame) -> list[str]:
     base, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     parts = [
         f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{sy(y):.1f}" y2="{sy(y):.1f}"/>'
@@ -95,14 +115,15 @@ def _axes(xs: Sequence[float], ys: Sequence[float], sx: Scale, sy: Scale, x_titl
     ]
     parts += [
         f'<line class="grid" x1="{sx(x):.1f}" x2="{sx(x):.1f}" y1="{TOP}" y2="{base}"/>'
-        f'<text class="tick" x="{sx(x):.1f}" y="{base + 18}" text-anchor="middle">{x:g}×</text>'
+        f'<text class="tick" x="{sx(x):.1f}" y="{base + 18}" text-anchor="middle">{x:g}{frame.unit}</text>'
         for x in xs
     ]
     middle = (TOP + base) / 2
-    parts.append(f'<text class="axis" x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{x_title}</text>')
     parts.append(
-        f'<text class="axis" transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">'
-        "PSNR to the uncached run, dB</text>"
+        f'<text class="axis" x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{frame.x_title}</text>'
+    )
+    parts.append(
+        f'<text class="axis" transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">{frame.y_title}</text>'
     )
     return parts
 
@@ -112,9 +133,10 @@ def _line(fewer: Sequence[Point], sx: Scale, sy: Scale) -> str:
     return f'<polyline class="fewer" points="{path}"/>' if len(fewer) > 1 else ""
 
 
-def _marker(p: Point, sx: Scale, sy: Scale) -> str:
+def _marker(p: Point, sx: Scale, sy: Scale, frame: Frame) -> str:
     x, y = sx(p.x), sy(p.y)
-    title = f"<title>{escape(p.label)}: {p.y:.1f} dB [{p.low:.1f}, {p.high:.1f}] at {p.x:.2f} times</title>"
+    at = f"{p.y:.1f}{frame.y_unit} [{p.low:.1f}, {p.high:.1f}] at {p.x:.2f}{frame.unit}"
+    title = f"<title>{escape(p.label)}: {at}</title>"
     whisker = f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{sy(p.low):.1f}" y2="{sy(p.high):.1f}"/>'
     if p.left is not None and p.right is not None:
         whisker += f'<line class="whisker" x1="{sx(p.left):.1f}" x2="{sx(p.right):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'

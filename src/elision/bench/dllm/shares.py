@@ -49,8 +49,11 @@ def _z(level: float) -> float:
 
 
 def _phi(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Correlation of the pairs; 0 where one side never varies."""
+    """Correlation of the pairs, corrected for continuity where it is positive; 0 where one side never varies."""
     both = sum(a * b for a, b in zip(ours, theirs, strict=True))
     n, a, b = len(ours), sum(ours), sum(theirs)
     spread = a * (n - a) * b * (n - b)
-    return 0.0 if spread == 0 else (both * n - a * b) / math.sqrt(spread)
+    if spread == 0:
+        return 0.0
+    shared = both * n - a * b
+    return (max(shared - n / 2, 0.0) if shared > 0 else shared) / math.sqrt(spread)

@@ -180,7 +180,9 @@ def _block(length: int) -> int:
 
 def digits_subject(name: str, digits: Any) -> DllmSubject:
     """The zoo's model with its tasks: as many items as fit, generation in whole blocks up to the length."""
-    from elision.zoo.digits import TASKS as known
+    from elision.zoo import digits as zoo
+
+    known = zoo.TASKS
 
     def ask(task: str, length: int, seed: int) -> Question:
         if length < 2 * _SHORT_BLOCK:

@@ -54,12 +54,12 @@ def comparison_table(comparison: DllmComparison, length: int, width: int | None 
     for name in (*_DISPENSABLE, *comparison.tasks):
         if width is not None and width_of(columns, texts) > width and name in columns:
             columns.remove(name)
+    count = len(comparison.seeds[length])
     table = Table(
-        title=f"{comparison.model}, prompt and answer of {length} tokens, {len(comparison.seeds[length])} questions per "
-        "task",
+        title=f"{comparison.model}, prompt and answer of {length} tokens, {count} questions per task",
         caption="brackets and ±: 95 % confidence intervals over questions · speed-up: tokens per second, one question "
-        "at a time, over the uncached run's · token-layers: rows that went through a layer · Δ: exact match minus that of "
-        "plain decoding with as few calls as cost at least as much",
+        "at a time, over the uncached run's · token-layers: rows that went through a layer · Δ: exact match minus that "
+        "of plain decoding with as few calls as cost at least as much",
         title_style="bold",
         caption_style="dim",
         box=box.SIMPLE_HEAD,

@@ -3,11 +3,11 @@
 A task turns a number of items and a generator into a prompt and the only right answer to it. Items carry a letter, and
 the answer names the letter again before what belongs to it, so that every written character depends on few others:
 
-    `#a37b52c18=`    running sums modulo 100          `a37=37,b52=89,c18=07,`
-    `+a67b12c30=`    6 + 7 in column a, and so on      `a6+7=13,b1+2=04,c3+0=03,`   (13: digit 3, carry 1)
-    `?a427b190|ba=`  values of the keys asked for      `b190,a427,`
-    `@k381c902=`     the records again                 `k381,c902,`
-    `<k381c902=`     the records in order of letters   `c902,k381,`
+    `#a6b7c5=`       running sums modulo 10           `a6+0=06,b7+6=13,c5+3=08,`   (13: the next step adds to 3)
+    `+a67b12c30=`    6 + 7 in column a, and so on     `a6+7=13,b1+2=04,c3+0=03,`   (13: digit 3, carry 1)
+    `?a427b190|ba=`  values of the keys asked for     `b190,a427,`
+    `@k381c902=`     the records again                `k381,c902,`
+    `<k381c902=`     the records in order of letters  `c902,k381,`
 
 Columns of an addition run from the least significant one. Letters of the two sums are consecutive from a random one
 (Z is followed by a), those of the other tasks are random; none occurs twice.
@@ -103,6 +103,10 @@ def _draw_pairs(items: int, rng: np.random.Generator) -> str:
     return _join(_consecutive(items, rng), _numbers(items, rng, 2))
 
 
+def _draw_digits(items: int, rng: np.random.Generator) -> str:
+    return _join(_consecutive(items, rng), _numbers(items, rng, 1))
+
+
 def _draw_records(items: int, rng: np.random.Generator) -> str:
     return _join(_scattered(items, rng), _numbers(items, rng, 3))
 
@@ -120,9 +124,10 @@ def _asked(items: int) -> int:
 
 def _answer_chain(body: str) -> str:
     total, written = 0, []
-    for letter, number in _split(body, 2):
-        total = (total + int(number)) % 100
-        written.append(f"{letter}{number}={total:02d},")
+    for letter, digit in _split(body, 1):
+        step = int(digit) + total
+        written.append(f"{letter}{digit}+{total}={step:02d},")
+        total = step % 10
     return "".join(written)
 
 
@@ -162,7 +167,7 @@ def _recall_fits(length: int) -> int:
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
-        Task("chain", "#", _draw_pairs, _answer_chain, _fits(10)),
+        Task("chain", "#", _draw_digits, _answer_chain, _fits(10)),
         Task("add", "+", _draw_pairs, _answer_add, _fits(11)),
         Task("recall", "?", _draw_recall, _answer_recall, _recall_fits),
         Task("copy", "@", _draw_records, _answer_copy, _fits(9)),

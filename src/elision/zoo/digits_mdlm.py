@@ -39,12 +39,12 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": Alphabet.pad_id,
     "is_causal": False,
 }
-SHARES = {"chain": 0.25, "add": 0.25, "recall": 0.28, "copy": 0.1, "sort": 0.12}
+SHARES = {"chain": 0.22, "add": 0.22, "recall": 0.25, "copy": 0.09, "sort": 0.22}
 FIRST = {"chain": 0.12, "add": 0.38, "recall": 0.38, "copy": 0.02, "sort": 0.1}
 CURRICULUM: tuple[tuple[float, dict[int, float], dict[str, float]], ...] = (
     # until which part of the training: shares of lengths, shares of tasks
-    (0.25, {32: 0.5, 64: 0.5}, FIRST),
-    (0.42, {32: 0.1, 64: 0.5, 128: 0.4}, SHARES),
+    (0.35, {32: 0.5, 64: 0.5}, FIRST),
+    (0.50, {32: 0.1, 64: 0.5, 128: 0.4}, SHARES),
     (1.00, {64: 0.3, 128: 0.3, 256: 0.25, 512: 0.15}, SHARES),
 )
 GAP = 48  # the answer may seem up to this far from its prompt in training
@@ -192,7 +192,7 @@ def batch(
 
 
 def train_model(
-    steps: int = 7500,
+    steps: int = 8000,
     tokens: int = 2048,
     lr: float = 2e-3,
     muon: float = 5e-3,
@@ -226,7 +226,7 @@ def train_model(
 
     def loss(step: int) -> Tensor:
         progress = begin + (1 - begin) * step / steps
-        lengths, tasks = next(shares for until, *shares in CURRICULUM if progress < until)
+        _, lengths, tasks = next(phase for phase in CURRICULUM if progress < phase[0])
         length = int(rng.choice(list(lengths), p=list(lengths.values())))
         noisy, clean, weight, position = batch(length, max(1, tokens // length), rng, tasks=tasks)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -265,10 +265,9 @@ def save(model: nn.Module, folder: Path) -> None:
     model.save_pretrained(folder, state_dict=halves)  # type: ignore[operator]
     (folder / "generation_config.json").unlink(missing_ok=True)
     path = folder / "config.json"
+    # Where the weights were loaded from before is left out.
     entries = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
-    path.write_text(
-        json.dumps({**entries, "dtype": "float16"}, indent=2) + "\n"
-    )  # where it was loaded from is nobody's business
+    path.write_text(json.dumps({**entries, "dtype": "float16"}, indent=2) + "\n")
 
 
 def check(

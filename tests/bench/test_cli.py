@@ -28,12 +28,11 @@ def test_version() -> None:
 
 def test_methods_lists_the_registry() -> None:
     rows = json.loads(run("methods", "--json").stdout)
-    assert sorted(row["name"] for row in rows) == [m.name for m in elision.methods()]
+    assert [row["name"] for row in rows] == [m.name for m in elision.methods()]
     text = run("methods").stdout
     assert all(m.name in text for m in elision.methods())
-    assert [r["name"] for r in json.loads(run("methods", "--family", "denoise", "--json").stdout)] == [
-        m.name for m in elision.methods("denoise")
-    ]
+    listed = json.loads(run("methods", "--family", "denoise", "--json").stdout)
+    assert [row["name"] for row in listed] == [m.name for m in elision.methods("denoise")]
 
 
 def test_show_tells_options_with_ranges_and_the_paper() -> None:
@@ -93,24 +92,8 @@ def test_demo_ends_with_a_table_and_the_path_of_the_report(
     monkeypatch.chdir(tmp_path)
     found = run("demo", "--seeds", "1")
     assert "PSNR" in found.stdout
-    assert "no language model was asked" in found.stdout
     assert found.stdout.strip().endswith(str(tmp_path / "results" / "demo.html"))
     assert (tmp_path / "results" / "demo.jsonl").exists()
-
-
-def test_demo_asks_a_language_model(zoo: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import elision.zoo
-    from tests.bench.kv.conftest import small_subject
-
-    small, load = small_subject(), elision.zoo.load
-    monkeypatch.setattr(
-        elision.zoo, "load", lambda name: (small.model, small.tokenizer) if name == "smollm2" else load(name)
-    )
-    monkeypatch.chdir(tmp_path)
-    told = json.loads(run("demo", "--seeds", "1", "--json").stdout)
-    assert [a["label"] for a in told["answers"]] == ["full cache", "cake:budget=0.25", "zipcache"]
-    assert all(a["bytes_held"] <= a["bytes_full"] for a in told["answers"])
-    assert "night train" in run("demo", "--seeds", "1").stdout
 
 
 def test_reproduce_returns_zero_whatever_the_verdicts(zoo: None, tmp_path: Path) -> None:

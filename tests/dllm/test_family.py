@@ -187,6 +187,15 @@ def test_no_linear_layer_sees_a_row_outside_the_query_set(setting: Setting, kind
 
 
 @active
+def test_half_precision_and_eager_models(setting: Setting) -> None:
+    model = copy.deepcopy(lm_of("gqa").model).to(torch.bfloat16)
+    model.config._attn_implementation = "eager"  # type: ignore[union-attr]
+    out, report = go(setting, dllm.masked_lm(model), prompts(2, P))
+    assert MASK not in out
+    assert report.cache_ratio > 0
+
+
+@active
 def test_the_report_adds_up(setting: Setting) -> None:
     lm, ids = lm_of("gqa"), prompts(2, P)
     heads: list[int] = []
@@ -214,7 +223,7 @@ def test_the_report_adds_up(setting: Setting) -> None:
     else:
         assert report.bytes_peak == slots
     assert report.seconds.total == pytest.approx(sum(run.seconds for run in report.runs))
-    text = json.loads(json.dumps(report.to_dict(), default=str))
+    text = json.loads(json.dumps(report.to_dict()))
     assert len(text["runs"][0]["query"]) == report.runs[0].calls
     assert f"{report.token_layers:,} token-layers computed" in str(report)
 
@@ -277,6 +286,31 @@ def test_an_exception_in_a_run_leaves_everything_usable(setting: Setting) -> Non
         assert run.report().calls == 3
         out = run.generate(ids, generator=torch.Generator().manual_seed(0), **how)
     assert torch.equal(out, go(setting, lm, ids)[0])
+
+
+CHOICES = [
+    (name, f.name, value)
+    for name in ("dkv_cache", "elastic_cache_dllm")
+    for f in create(name).options().values()
+    for value in f.metadata["choices"] or ()
+    if value != f.default
+]
+
+
+@pytest.mark.filterwarnings("ignore::elision.errors.ElisionWarning")
+@pytest.mark.parametrize(("name", "option", "value"), CHOICES)
+@pytest.mark.parametrize("shift", [False, True])
+def test_every_choice_finishes(name: str, option: str, value: Any, shift: bool) -> None:
+    """Alone and together with the choices after it; every mask is decided, the prompt stays."""
+    lm, ids = lm_of("gqa", shift=shift), prompts(2, P)
+    later = {o: v for n, o, v in CHOICES if n == name and o > option and o not in ("force_full", "variant")}
+    for more in ({}, later):
+        options = {option: value, **more}
+        how = BLOCKS if name == "dkv_cache" else WINDOW
+        small = {"interval": 4} if name == "dkv_cache" else {"beta": 4, "gamma": 0.9, "mask_block": 4}
+        out, _ = go((name, {**small, **options}, how), lm, ids)
+        assert MASK not in out
+        assert torch.equal(out[:, :P], ids)
 
 
 def test_two_models_are_isolated_and_one_is_taken_once() -> None:

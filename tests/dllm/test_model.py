@@ -143,7 +143,10 @@ def test_mask_id_must_be_in_the_vocabulary() -> None:
         dllm.masked_lm(model, mask_id=48)
     assert dllm.masked_lm(model, mask_id=0).mask_id == 0
     lm = dllm.masked_lm(model, mask_id=1)
-    assert dllm.masked_lm(lm) is lm
+    assert dllm.masked_lm(lm) is dllm.masked_lm(lm, mask_id=1, shift=False) is lm
+    for other in ({"mask_id": 2}, {"shift": True}):
+        with pytest.raises(OptionError, match="was taken in with mask_id=1 and shift=False"):
+            dllm.masked_lm(lm, **other)
 
 
 LLADA = {
@@ -317,4 +320,12 @@ def test_any_other_checkpoint_loads_with_a_mask_id(tmp_path: Path) -> None:
 def test_refused_checkpoints(tmp_path: Path, kind: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(UnsupportedTarget, match=f"is a {kind} model, which is not supported"):
+        dllm.load(tmp_path)
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedTarget, match=r"has no config\.json"):
+        dllm.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(LLADA_CONFIG))
+    with pytest.raises(UnsupportedTarget, match=r"has no model\.safetensors"):
         dllm.load(tmp_path)

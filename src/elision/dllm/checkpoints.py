@@ -180,7 +180,7 @@ def _weights(path: str | Path) -> dict[str, Tensor]:
 
     try:
         names = sorted(set(json.loads(_file(path, "model.safetensors.index.json").read_text())["weight_map"].values()))
-    except (FileNotFoundError, OSError):
+    except OSError:
         names = ["model.safetensors"]
     return {key: tensor for name in names for key, tensor in load_file(_file(path, name)).items()}
 
@@ -188,10 +188,14 @@ def _weights(path: str | Path) -> dict[str, Tensor]:
 def _file(path: str | Path, name: str) -> Path:
     folder = Path(path)
     if folder.is_dir():
-        return folder / name
+        if name == "model.safetensors.index.json" or (folder / name).exists():
+            return folder / name
+        raise UnsupportedTarget(
+            f"{folder} has no {name}: a checkpoint is a folder with config.json and its weights as safetensors files"
+        )
+    _transformers()
     from transformers.utils import cached_file
 
-    _transformers()
     return Path(str(cached_file(str(path), name)))
 
 

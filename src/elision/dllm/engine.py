@@ -102,6 +102,7 @@ class DllmApplied(Applied):
             self._generate(prompt[s], None if mask is None else mask[s], settings, asked, noise, on_step)
             for s in pieces
         ]
+        self._warn(list(self._runs)[-len(pieces) :])
         return torch.cat(out)
 
     def _generate(
@@ -116,19 +117,20 @@ class DllmApplied(Applied):
         policy = self.method.policy(self.lm)
         run = _Run(self.lm, policy, prompt, mask, settings, noise, shadow=self.shadow, on_step=on_step)
         try:
-            out = run.go()
+            return run.go()
         finally:
             self._enter(run, asked)
-        last = self._runs[-1]
-        if self.method.elides and last.token_layers >= last.token_layers_asked:
+
+    def _warn(self, runs: list[DllmRun]) -> None:
+        ran, asked = sum(run.token_layers for run in runs), sum(run.token_layers_asked for run in runs)
+        if self.method.elides and ran >= asked:
+            calls, full = sum(run.calls for run in runs), sum(run.full_calls for run in runs)
             warnings.warn(
-                f"{self.method.name} elided nothing: {last.token_layers:,} token-layers ran in {last.calls} calls "
-                f"({last.full_calls} of them full), {last.token_layers_asked:,} without it; raise its interval or "
-                "lower its threshold, or generate more tokens",
+                f"{self.method.name} elided nothing: {ran:,} token-layers ran in {calls} calls ({full} of them full), "
+                f"{asked:,} without it; raise its interval or lower its threshold, or generate more tokens",
                 ElisionWarning,
                 stacklevel=3,
             )
-        return out
 
     def _enter(self, run: _Run, asked: Decoding) -> None:
         record = run.record(asked)
@@ -330,7 +332,7 @@ def measure(
 ) -> Measured:
     """One generation by one method, for comparisons; a method that elides nothing here does not warn.
 
-    Methods that take a batch sample by sample report the sum over its samples.
+    Of methods that take a batch sample by sample the run holds the sums over its samples, and the sets of the first.
     """
     made = method if isinstance(method, DllmMethod) else create(method)
     if not isinstance(made, DllmMethod):

@@ -119,8 +119,7 @@ class Block:
         """Attention weights of few queries q [B, m, Hq, D] over k [B, n, G, D]: [B, G, Hq/G, m, n] in float32."""
         batch, rows = q.shape[:2]
         grouped = q.view(batch, rows, self.kv_heads, -1, self.head_dim).permute(0, 2, 3, 1, 4)  # [B, G, g, m, D]
-        scores = grouped.flatten(2, 3) @ k.permute(0, 2, 3, 1)  # [B, G, g · m, n]
-        scores = scores.float() * self.scale
+        scores = ((grouped * self.scale).flatten(2, 3) @ k.permute(0, 2, 3, 1)).float()  # [B, G, g · m, n]
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         return scores.softmax(dim=-1).view(batch, self.kv_heads, -1, rows, k.shape[1])
@@ -224,10 +223,16 @@ def masked_lm(model: Any, *, mask_id: int | None = None, shift: bool | None = No
         shift: whether the output at position t predicts token t + 1; by default true for Dream only.
 
     Raises:
+        OptionError: a mask token outside the vocabulary, or one that differs from how the model was taken in.
         UnsupportedTarget: a causal model (no mask token known), an encoder–decoder, sliding or hybrid layers, another
             layout, or a model whose own forward pass differs from the loop of this module.
     """
     if isinstance(model, MaskedLM):
+        if mask_id not in (None, model.mask_id) or shift not in (None, model.shift):
+            raise OptionError(
+                f"the model was taken in with mask_id={model.mask_id} and shift={model.shift}: give the model itself "
+                "to take it in differently"
+            )
         return model
     refuse(model)
     if not isinstance(model, nn.Module):

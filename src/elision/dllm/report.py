@@ -103,6 +103,7 @@ class DllmReport(Report):
             for name in ("depth", "reach", "stale", "drift"):
                 value = getattr(run, name)
                 plain[name] = None if value is None else value.tolist()
+            plain["facts"] = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in run.facts.items()}
         return out
 
     def __str__(self) -> str:

@@ -23,8 +23,8 @@ AUTO = (
     "dkv_cache",
     "dkv_cache:interval=16",
     "dkv_cache:variant=pd",
-    "elastic_cache_dllm:gamma=0.5",
     "elastic_cache_dllm",
+    "elastic_cache_dllm:gamma=0.98",
     "fast_dllm",
 )
 CONTROLS = (
@@ -166,7 +166,7 @@ class _Race:
             calls = min(max(math.ceil(self._cost(arm, length) / whole * block - 1e-9), 1), block)
             if calls == block:
                 continue  # costs as much as no cache
-            equal = Arm.of(FewerSteps(factor=block / calls))
+            equal = Arm.of(FewerSteps(factor=round(block / calls, 3)))
             held.equal_cost[length] = equal.label
             needed[equal] = None
         for equal in needed:

@@ -132,7 +132,7 @@ class DllmLab:
         """
         block = self.questions(length, tasks)[0].block
         calls = min(max(math.ceil(self.cost(like, length, tasks) * block - 1e-9), 1), block)
-        return Arm.of(FewerSteps(factor=block / calls))
+        return Arm.of(FewerSteps(factor=round(block / calls, 3)))
 
     def clocked(self, like: Arm, length: int, tasks: Sequence[str] = (), **options: Any) -> Arm:
         """A refresh by the clock with the largest interval that costs at least as much as the arm `like`."""

@@ -1,6 +1,6 @@
 """dKV-Cache: keys and values of decoded tokens are cached one step late and refreshed on a clock.
 
-Paper: "dKV-Cache: The Cache for Diffusion Language Models", Ma, Yu, Fang, Wang, NeurIPS 2025,
+Paper: "dKV-Cache: The Cache for Diffusion Language Models", Ma, Yu, Fang, Wang, 2025,
 https://arxiv.org/abs/2505.15781
 
 In a masked-diffusion model every K and V may change at every step, but those of tokens that are already decided change
@@ -54,7 +54,7 @@ class DKVCache(DllmMethod):
     name: ClassVar[str] = "dkv_cache"
     description: ClassVar[str] = "K/V of decided tokens cached one step late, refreshed on a clock"
     paper: ClassVar[Paper | None] = Paper(
-        "dKV-Cache: The Cache for Diffusion Language Models", "NeurIPS 2025", "https://arxiv.org/abs/2505.15781"
+        "dKV-Cache: The Cache for Diffusion Language Models", "arXiv 2025", "https://arxiv.org/abs/2505.15781"
     )
 
     variant: Variant = option(

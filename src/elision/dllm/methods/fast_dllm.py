@@ -1,7 +1,7 @@
 """Fast-dLLM: block-wise prefix or dual cache, and parallel decoding above a confidence threshold.
 
 Paper: "Fast-dLLM: Training-free Acceleration of Diffusion LLM by Enabling KV Cache and Parallel Decoding",
-Wu et al., ICLR 2026, https://arxiv.org/abs/2505.22618
+Wu et al., 2025, https://arxiv.org/abs/2505.22618
 
 Blocks are decoded from left to right. The first call of a block computes everything, fills the cache and commits
 tokens; the block is then finished with calls that compute
@@ -42,7 +42,7 @@ class FastDLLM(DllmMethod):
     description: ClassVar[str] = "block-wise prefix or dual cache with confidence-threshold decoding"
     paper: ClassVar[Paper | None] = Paper(
         "Fast-dLLM: Training-free Acceleration of Diffusion LLM by Enabling KV Cache and Parallel Decoding",
-        "ICLR 2026",
+        "arXiv 2025",
         "https://arxiv.org/abs/2505.22618",
     )
 

@@ -96,6 +96,20 @@ def test_demo_ends_with_a_table_and_the_path_of_the_report(
     assert (tmp_path / "results" / "demo.jsonl").exists()
 
 
+def test_demo_asks_a_language_model(zoo: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import elision.zoo
+    from tests.bench.kv.conftest import small_subject
+
+    small, load = small_subject(), elision.zoo.load
+    monkeypatch.setattr(
+        elision.zoo, "load", lambda name: (small.model, small.tokenizer) if name == "smollm2" else load(name)
+    )
+    monkeypatch.chdir(tmp_path)
+    told = json.loads(run("demo", "--seeds", "1", "--json").stdout)
+    assert [a["label"] for a in told["answers"]] == ["full cache", "cake:budget=0.25", "zipcache"]
+    assert all(a["bytes_held"] <= a["bytes_full"] for a in told["answers"])
+
+
 def test_reproduce_returns_zero_whatever_the_verdicts(zoo: None, tmp_path: Path) -> None:
     arguments = ["stale", "uniform", "--steps", "6", "--seeds", "2", "-o", str(tmp_path / "r.jsonl")]
     findings = json.loads(run("reproduce", *arguments, "--json").stdout)["findings"]

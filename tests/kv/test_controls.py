@@ -311,3 +311,90 @@ def test_knorm_keeps_the_newest_of_equal_keys() -> None:
     for t in range(20, 30):
         rig.feed(0, k[:, :, t : t + 1], k[:, :, t : t + 1])
         assert rig.kept()[0, 0].tolist() == list(range(t - 7, t + 1))
+
+
+# -- on models ---------------------------------------------------------------------------------------------------------
+
+ON_MODELS = [
+    ("cake", {"budget": 14, "window": 5}),
+    ("cake", {"budget": 0.4, "window": 5, "decode_order": "released"}),
+    ("pyramidkv", {"budget": 14, "window": 5, "beta": 4}),
+    ("tova", {"budget": 14}),
+    ("tova", {"budget": 0.4, "heads": "group", "recent": 2}),
+    ("streaming_llm", {"budget": 14}),
+    ("streaming_llm", {"budget": 0.4}),
+    ("knorm", {"budget": 14}),
+    ("random", {"budget": 14}),
+    ("window", {"budget": 0.4}),
+]
+LENGTHS = (24, 17, 6)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": None}
+    made = {"llama": LlamaForCausalLM(LlamaConfig(**sizes)), "qwen3": Qwen3ForCausalLM(Qwen3Config(**sizes))}
+    for model in made.values():
+        for weight in model.parameters():
+            weight.data.mul_(4 if weight.ndim > 1 else 1)  # attention that is far from even
+    return {name: model.eval() for name, model in made.items()}
+
+
+def _held(run: Any, cache: Any, row: int, pads: int) -> list[list[list[int]]]:
+    held = [layer[row].expand(2, -1).tolist() for layer in run.kept(cache).values()]
+    return [[[p - pads for p in head if p >= 0] for head in layer] for layer in held]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize(("name", "options"), ON_MODELS, ids=str)
+def test_generation(models: dict[str, Any], kind: str, name: str, options: dict[str, Any]) -> None:
+    """A padded batch, single rows and chunks hold the same tokens and give the same logits; beams agree as well."""
+    torch.manual_seed(1)
+    model, most = models[kind], max(LENGTHS)
+    ids = [torch.randint(1, 60, (1, n)) for n in LENGTHS]
+    batch = torch.cat([torch.nn.functional.pad(row, (most - row.shape[1], 0)) for row in ids])
+    mask = torch.stack([torch.arange(most) >= most - n for n in LENGTHS]).long()
+    greedy = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    beams = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    with elision.apply(model, name, **options) as run:
+        together = run.cache()
+        out = model.generate(batch, attention_mask=mask, past_key_values=together, **greedy)
+        searched = model.generate(batch, attention_mask=mask, **beams)
+        for i, row in enumerate(ids):
+            for more in ({}, {"prefill_chunk_size": 7}):
+                alone = run.cache()
+                single = model.generate(row, past_key_values=alone, **greedy, **more)
+                for mine, others in zip(single.logits, out.logits, strict=True):
+                    torch.testing.assert_close(mine[0], others[i], atol=1e-5, rtol=0)
+                assert _held(run, alone, 0, 0) == _held(run, together, i, most - row.shape[1])
+            assert torch.equal(model.generate(row, **beams)[0, row.shape[1] :], searched[i, most:])
+
+
+@pytest.mark.parametrize(("name", "options"), ON_MODELS, ids=str)
+def test_prompt_lookup_and_turns(models: dict[str, Any], name: str, options: dict[str, Any]) -> None:
+    """Tokens that were guessed wrong leave again, and what is held is what a turn later reads."""
+    torch.manual_seed(2)
+    model = models["llama"]
+    words = torch.randint(1, 60, (1, 12))
+    with elision.apply(model, name, **options) as run:
+        cache = run.cache()
+        text = model.generate(
+            torch.cat([words] * 3, 1),
+            max_new_tokens=9,
+            do_sample=False,
+            prompt_lookup_num_tokens=3,
+            past_key_values=cache,
+        )
+        for held in run.kept(cache).values():
+            assert held.max() < text.shape[1]
+            assert (held.diff(dim=-1) > 0).all()
+        text = torch.cat([text, torch.randint(1, 60, (1, 8))], 1)
+        text = model.generate(text, max_new_tokens=3, do_sample=False, past_key_values=cache)
+        held, budget = run.kept(cache), options["budget"]
+        limit = budget if isinstance(budget, int) else int(budget * text.shape[1])
+        more = 3 if name == "pyramidkv" else 0  # nothing leaves while it decodes, and its slope is rounded up
+        assert sum(layer.shape[-1] for layer in held.values()) <= 2 * (limit + more)

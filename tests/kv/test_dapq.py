@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import elision
 from elision.kv.methods.dapq import DapQ, FromBehind, PseudoTokens
 from elision.kv.parts import Call
-from tests.kv.tiny import forced, left_padded, masked, tiny, tokens
+from tests.kv.tiny import SIZES, forced, left_padded, masked, tiny, tokens
 
 
 @torch.no_grad()
@@ -246,3 +247,59 @@ def test_options_that_do_not_fit(options: dict[str, Any], words: str) -> None:
 def test_linear_attention_is_refused() -> None:
     with pytest.raises(elision.errors.UnsupportedTarget, match="linear-attention layers"):
         elision.apply(tiny("Qwen3Next"), "dapq")
+
+
+def test_what_the_decoder_returns_ends_with_the_prompt() -> None:
+    """Tuples, hidden states, attention weights and shadow runs know nothing of the rows behind."""
+    model, prompt = tiny(), tokens(1, 50)
+    model.set_attn_implementation("eager")
+    with elision.apply(model, "dapq", budget=16, shadow=True) as run, torch.no_grad():
+        out = model(prompt, output_attentions=True, output_hidden_states=True)
+        assert {a.shape for a in out.attentions} == {(1, 4, 50, 50)}
+        assert {h.shape[1] for h in out.hidden_states} == {50}
+        assert model(prompt, use_cache=True, return_dict=False)[0].shape[1] == 50
+        assert max(run.report().error.values()) < 1e-6, "the prompt itself is dense"
+
+
+def test_an_error_on_the_way_leaves_sliding_layers_as_they_were() -> None:
+    model, prompt = tiny("Gemma3"), tokens(1, 50)
+
+    def fail(*_: Any) -> None:
+        raise KeyError("on the way")
+
+    with elision.apply(model, "dapq", budget=16) as run, torch.no_grad():
+        cache = run.cache()
+        handle = model.model.layers[2].register_forward_pre_hook(fail)
+        with pytest.raises(KeyError, match="on the way"):
+            model(prompt, past_key_values=cache)
+        handle.remove()
+        assert not any(getattr(layer, "record_past", False) for layer in cache.layers)
+        with pytest.raises(elision.ElisionError, match="broke off"):
+            model(prompt, past_key_values=cache)
+        model(prompt)
+
+
+def test_rows_follow_the_three_axes_of_an_image_prompt() -> None:
+    """Qwen2.5-VL: positions have three axes; the prompt's logits are unmoved and decoding goes on behind it."""
+    text = {**SIZES, "num_hidden_layers": 2, "vocab_size": 99}
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    text.pop("head_dim")
+    sight = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    ids = {"image_token_id": 95, "video_token_id": 96, "vision_start_token_id": 93, "vision_end_token_id": 94}
+    torch.manual_seed(0)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config={**sight, "fullatt_block_indexes": [0]}, **ids)
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    words = tokens(1, 40) % 90
+    prompt = torch.cat([words[:, :20], torch.tensor([[93, 95, 95, 95, 95, 94]]), words[:, 20:]], 1)
+    inputs = {
+        "input_ids": prompt,
+        "pixel_values": torch.randn(16, 3 * 2 * 14 * 14),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "mm_token_type_ids": (prompt == 95).long(),
+    }
+    with torch.no_grad():
+        full = model(**inputs).logits
+        with elision.apply(model, "dapq", budget=16) as run:
+            torch.testing.assert_close(model(**inputs, use_cache=True).logits, full, atol=1e-5, rtol=0)
+            assert model.generate(**inputs, max_new_tokens=6).shape[1] == 52
+            assert set(run.report().slots.values()) == {16 + 5}

@@ -264,6 +264,10 @@ def test_rows_of_a_batch_are_single_runs(options: dict[str, Any]) -> None:
     )
 
 
+def test_sliding_layers_are_left_alone() -> None:
+    rows_are_single_runs(tiny("Gemma3"), "elastic_cache", (60, 37, 12), ratio=0.5)
+
+
 @pytest.mark.parametrize("position", ["true", "compressed"])
 def test_chunks_are_one_prompt(position: str) -> None:
     chunks_are_one_prompt(tiny(), "elastic_cache", ratio=0.5, position=position)

@@ -45,6 +45,33 @@ def test_bytes_held(model: torch.nn.Module, name: str, options: dict[str, int], 
     model.float()
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "bits"),
+    [
+        # per element, parameters included: MiKV's closed form, and codes with their parameters for the others
+        ("mikv", {}, 0.2 * 16 + 0.8 * 3),
+        ("mikv", {"hi_bits": 8, "lo_bits": 4}, 0.2 * 9 + 0.8 * 5),
+        ("zipcache", {"gap": 1000}, 0.6 * 4 + 0.4 * 2 + 2 * 16 / 600 + 16 / 128),
+        ("uniform_rtn", {"bits": 2, "residual": 0}, 3),
+    ],
+)
+@torch.no_grad()
+def test_bytes_of_packed_tokens(model: torch.nn.Module, name: str, options: dict[str, int], bits: float) -> None:
+    """Positions, scores and growth cost at most 15 % on top of codes and parameters."""
+    model = model.bfloat16()
+    ids = torch.randint(10, 64, (2, 608))
+    with elision.apply(model, name, **options) as run:
+        cache = run.cache()
+        model(ids, past_key_values=cache)
+        for step in range(30):
+            report = run.report()
+            exact = step if name in ("zipcache", "uniform_rtn") else 0  # new tokens wait until there are enough of them
+            least = 2 * 2 * 2 * 2 * 64 * (exact * 16 + (608 + step - exact) * bits) / 8  # layers, batch, k and v, heads
+            assert report.bytes_held <= 1.15 * least
+            model(ids[:, :1], past_key_values=cache)
+    model.float()
+
+
 @torch.no_grad()
 def test_budgets_in_tokens_shares_and_bytes_are_one(model: torch.nn.Module) -> None:
     ids = torch.randint(10, 64, (1, 512))

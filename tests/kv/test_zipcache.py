@@ -269,3 +269,23 @@ def test_shared_ranges_tie_the_rows_of_a_batch() -> None:
         rig.feed(0, q[0], k[0], v[0], "prompt_end")
         alone.feed(0, q[0][:1], k[0][:1], v[0][:1], "prompt_end")
         assert torch.equal(_decoded(rig, 40)[0][:1], _decoded(alone, 40)[0]) is not shared
+
+
+@pytest.mark.parametrize("bits_salient", [4, 16])
+def test_tokens_after_a_crop_are_packed_in_their_turn(bits_salient: int) -> None:
+    q, k, v = _inputs(30, 40)
+    rig = Rig(ZipCache(gap=8, bits_salient=bits_salient))
+    store = rig.book.stores[0]
+    for _ in rig.run(q[:, :, :, :46], k[:, :, :, :46], v[:, :, :, :46], 30):
+        pass
+    store.crop(11)  # into what was packed at the second gap
+    for t in range(35, 70):
+        step = slice(t, t + 1)
+        out = rig.feed(0, q[0][:, :, step], k[0][:, :, step], v[0][:, :, step])
+        assert torch.isfinite(out).all()
+        exact = store.dense.get("valid")
+        exact = store.dense.n if exact is None else int(exact.sum(-1).max())
+        salient = 0 if bits_salient == 4 else sum(int(0.6 * n) + 1 for n in (30, 8)) + 5 * (t - 34) // 8
+        assert exact <= salient + 7
+    held = rig.kept()
+    assert torch.equal(held[..., -70:], torch.arange(70).expand_as(held[..., -70:]))

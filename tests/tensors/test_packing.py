@@ -16,7 +16,6 @@ from elision.tensors.packing import (
     pack,
     packed_width,
     quantize,
-    storage_bytes,
     unpack,
 )
 from tests.golden import cases
@@ -170,11 +169,6 @@ def test_outputs_of_any_dtype_and_strides(seed, bits, params):
     assert torch.equal(held.dequantize(torch.empty(2, 3, 7, 12, dtype=torch.bfloat16)), want.bfloat16())
     picked = held.map(lambda t: t[[1, 1]])
     assert torch.equal(picked.dequantize(), want[[1, 1]])
-
-
-def test_storage_bytes_counts_a_storage_once_and_whole():
-    a = torch.zeros(8)
-    assert storage_bytes([a, a[:2], torch.zeros(3, dtype=torch.uint8)]) == 35
 
 
 # --- channel scale ---

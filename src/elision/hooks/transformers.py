@@ -80,7 +80,7 @@ class Attention:
 
     def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """`q` and `k` rotated by the model's own function; cos and sin [B, n, D]."""
-        turned: tuple[Tensor, Tensor] = _rotation(self.module)(q, k, cos, sin)
+        turned: tuple[Tensor, Tensor] = _rotation(type(self.module))(q, k, cos, sin)  # type: ignore[arg-type]
         return turned
 
 
@@ -97,12 +97,13 @@ def _base(module: nn.Module) -> Callable[..., Out]:
     return found
 
 
-def _rotation(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
-    rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-    source = inspect.getsource(type(module).forward)
+@functools.cache
+def _rotation(kind: type[nn.Module]) -> Callable[..., tuple[Tensor, Tensor]]:
+    rotate = getattr(sys.modules[kind.__module__], "apply_rotary_pos_emb", None)
+    source = inspect.getsource(kind.forward)
     if rotate is None or "apply_rotary_pos_emb(" not in source or "position_embeddings" not in source:
         raise UnsupportedTarget(
-            f"{type(module).__name__} does not take its rotation as `position_embeddings`, so its keys cannot be kept "
+            f"{kind.__name__} does not take its rotation as `position_embeddings`, so its keys cannot be kept "
             "unrotated: use the mode of the method that keeps rotated keys"
         )
     return rotate  # type: ignore[no-any-return]
@@ -216,7 +217,7 @@ class Seam:
         self._shims: list[tuple[nn.Module, Any]] = []
         if raw:
             for module in layers.values():
-                _rotation(module)
+                _rotation(type(module))  # type: ignore[arg-type]
         AttentionInterface.register(NAME, _dispatch)
         _seams.add(self)
         self.taps: list[Tap] = [tap_call(host.decoder, on_forward)]

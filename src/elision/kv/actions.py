@@ -37,10 +37,13 @@ def ranked(store: LayerStore, score: Tensor, recent: Keep = 0, first: int = 0) -
     return score if valid is None else score.masked_fill(~valid, -torch.inf)
 
 
-def _best(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The highest `count` scores and their slots; of equal scores the older slot, however the row is padded."""
+def best(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k highest scores of [B, G, n] and their slots, highest first.
+
+    A stable sort, not top-k: of equal scores the older token stays, however the row is padded.
+    """
     values, index = torch.sort(score, dim=-1, descending=True, stable=True)
-    return values[..., :count], index[..., :count]
+    return values[..., :k], index[..., :k]
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Evict:
         if self.order == "any" and keep == n - 1:
             store.evict_one(score.argmin(-1))
             return
-        index = _best(score, max(keep, 0))[1]
+        _, index = best(score, max(keep, 0))
         store.evict(index if self.order == "score" else index.sort(-1).values)
 
     def _each_row(self, store: LayerStore, score: Tensor, keep: Tensor) -> None:
@@ -92,7 +95,7 @@ class Evict:
             else:
                 store.blank(victim, full)
             return
-        values, index = _best(score, most)
+        values, index = best(score, most)
         inside = torch.arange(most, device=score.device) < keep[:, None, None]
         held_slots = (values > -torch.inf) & inside
         if self.order != "score":  # what a row has no use for lies first, so that nothing is between neighbours

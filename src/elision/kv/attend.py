@@ -104,8 +104,8 @@ def _roll(
     place = _places(store)
     if place is not None:
         cos, sin = cos[0][place], sin[0][place]
-    keys = att.rotate(keys, keys, cos, sin)[1]
-    q = att.rotate(att.q, att.q, cos[:, n - m :], sin[:, n - m :])[0]
+    keys = att.rotate(keys[:, :1], keys, cos, sin)[1]  # the model turns pairs; the other half is kept small
+    q = att.rotate(att.q, att.q[:, :1], cos[:, n - m :], sin[:, n - m :])[0]
     return q, keys
 
 

@@ -71,6 +71,19 @@ def by_row(one: Callable[..., Sequence[float]], call: Call, *args: float | Tenso
     return [torch.tensor(x, dtype=kinds[isinstance(x[0], float)], device=k.device) for x in found]
 
 
+def overdue(call: Call) -> Keep:
+    """How many tokens a layer has to let go after a decoding step, see `Fraction`; 0 if none in any row."""
+    store, state = call.store, call.store.state
+    if "share" not in state:
+        return 0
+    have, seen = (x.double() if isinstance(x, Tensor) else x for x in (held(store), call.lengths))
+    gone: Keep = 0
+    for back in reversed(range(call.m)):
+        over = (have - gone - back) - (seen - back) * state["share"] - state["room"]
+        gone = gone + (over >= 1)
+    return gone if isinstance(gone, int) or bool(gone.any()) else 0
+
+
 @dataclass(frozen=True)
 class Fraction:
     """While decoding, every layer holds `state["share"]` of all tokens seen and `state["room"]` more.
@@ -82,19 +95,11 @@ class Fraction:
 
     def allot(self, call: Call) -> Mapping[int, Keep]:
         """What stays of this layer, if anything has to go; `state["due"]` is how many go."""
-        store, state = call.store, call.store.state
-        if "share" not in state:
+        gone = overdue(call)
+        if isinstance(gone, int) and not gone:
             return {}
-        n = held(store)
-        have, seen = (x.double() if isinstance(x, Tensor) else x for x in (n, call.lengths))
-        gone: Keep = 0
-        for back in reversed(range(call.m)):
-            over = (have - gone - back) - (seen - back) * state["share"] - state["room"]
-            gone = gone + (over >= 1)
-        if not bool(gone.any() if isinstance(gone, Tensor) else gone):
-            return {}
-        state["due"] = gone
-        return {call.layer: n - gone}
+        call.store.state["due"] = gone
+        return {call.layer: held(call.store) - gone}
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,10 @@ class FixedSlot:
         if not any(isinstance(x, Tensor) for x in (due, point, n)):
             point = n - due + 1 + point if point < 0 else point
             point = max(min(point, n - due), 0)
-            low, high = (places.kthvalue(i, -1, keepdim=True).values for i in (point + 1, point + due))
+            low = places.kthvalue(point + 1, -1, keepdim=True).values
+            if due == 1:
+                return (places != low).float()
+            high = places.kthvalue(point + due, -1, keepdim=True).values
         else:
             valid = store.valid()
             device = places.device

@@ -32,7 +32,8 @@ def pool(score: Tensor, kernel: int, kind: Literal["avg", "max"] = "avg") -> Ten
         return score
     if kind == "max":
         return functional.max_pool1d(score, kernel, stride=1, padding=kernel // 2)[..., : score.shape[-1]]
-    return functional.avg_pool1d(score, kernel, stride=1, padding=kernel // 2)[..., : score.shape[-1]]
+    windows = functional.pad(score, (kernel // 2, kernel // 2)).unfold(-1, kernel, 1)  # faster than avg_pool1d
+    return windows.sum(-1)[..., : score.shape[-1]] / kernel
 
 
 def by_position(score: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

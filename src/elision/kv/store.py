@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from elision.tensors.packing import storage_bytes
+from elision.session import storage_bytes
 
 MapBatch = Callable[[Tensor], Tensor]
 
@@ -247,6 +247,8 @@ class LayerStore:
             held.append(torch.arange(first, self.seen, dtype=torch.int32, device=k.device).expand(len(k), 1, -1))
         if not held:
             return torch.zeros(1, 1, 0, dtype=torch.int32)
+        if len(held) == 1:
+            return held[0]
         heads = max(p.shape[1] for p in held)
         return torch.cat([p.expand(-1, heads, -1) for p in held], 2)
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from elision.errors import OptionError
+from elision.session import storage_bytes
 
 BITS = (2, 3, 4, 8)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}  # of parameters, by name
@@ -269,12 +270,6 @@ def channel_scale(
         peak = peak.masked_fill(~valid, 0)
     c = peak.amax(-2, keepdim=True) if v.shape[-2] else peak.new_zeros(*v.shape[:-2], 1, v.shape[-1])
     return (c.sqrt() if root else c).clamp(max=torch.finfo(params).max).to(params)
-
-
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind `tensors`, each storage once."""
-    storages = {(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
 
 
 def _groups(x: Tensor, grid: Grid) -> list[Tensor]:

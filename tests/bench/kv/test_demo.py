@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from elision.bench.kv import demo
 from elision.bench.kv.subject import LanguageSubject
 
@@ -15,6 +17,16 @@ def test_the_same_question_over_every_cache(tiny: LanguageSubject) -> None:
     assert snap.bytes_held < 0.5 * full.bytes_held
     assert all(a.text.startswith(demo.REPLY) and a.seconds > 0 for a in found)
     assert len(told) == 2
+
+
+def test_answers_are_printed_as_a_table(tiny: LanguageSubject, capsys: pytest.CaptureFixture[str]) -> None:
+    from elision.cli import _demo
+
+    _demo._print(demo.ask(tiny, ["snapkv:budget=0.25"], length=200, most=3))
+    shown = capsys.readouterr().out
+    assert "night train" in shown
+    assert "snapkv:budget=0.25" in shown
+    assert "KiB" in shown
 
 
 def test_the_fact_stands_in_the_middle(tiny: LanguageSubject) -> None:

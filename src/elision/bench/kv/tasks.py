@@ -183,23 +183,27 @@ def needle(subject: LanguageSubject, length: int, seed: int, depth: float) -> Pr
 
 
 def lines(subject: LanguageSubject, length: int, seed: int, depth: float) -> Prompt:
-    """Line retrieval: a record of named lines with a number each; one is asked for."""
+    """Line retrieval: a record of named lines with a number each; one is asked for.
+
+    The usual wording puts the name first ("line apple: REGISTER_CONTENT is ..."). With the name beside the number a
+    model of 135 M parameters answers about twice as often.
+    """
     rng = random.Random(seed)
     names = texts.draw(rng, texts.WORDS, len(texts.WORDS))
     asked, key = names.pop(), texts.digits(rng)
-    fact = f"line {asked}: REGISTER_CONTENT is <{key}>\n"
+    fact = f"REGISTER_CONTENT of line {asked} is <{key}>\n"
 
     def others() -> Iterator[str]:
         for turn in range(1000):
             for name in names:
                 shown = name if turn == 0 else f"{name}-{turn}"
-                yield f"line {shown}: REGISTER_CONTENT is <{texts.digits(rng)}>\n"
+                yield f"REGISTER_CONTENT of line {shown} is <{texts.digits(rng)}>\n"
 
     text = _talk(
         subject,
         "Below is a record of lines that you have to remember.\n",
-        f"\nTell me the REGISTER_CONTENT in line {asked}.",
-        f"line {asked}: REGISTER_CONTENT is <",
+        f"\nTell me the REGISTER_CONTENT of line {asked}.",
+        f"REGISTER_CONTENT of line {asked} is <",
     )
     ids, first = text.fill(length, others(), [(depth, fact)])
     where = (first, first + len(subject.encode(fact)))

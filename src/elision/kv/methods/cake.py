@@ -34,8 +34,9 @@ from torch import Tensor
 from elision.errors import OptionError
 from elision.kv.actions import Evict
 from elision.kv.method import EvictingMethod, KVHost
+from elision.kv.ordered import PooledLastRow
 from elision.kv.parts import Call, Keep, Rule
-from elision.kv.scorers import Window, last_row, pool
+from elision.kv.scorers import Window, pool
 from elision.kv.slicing import one_if_equal, per_row, real_slots, shares, single_round, slot_order, water_filling
 from elision.kv.store import LayerStore
 from elision.method import Paper, option, register
@@ -107,10 +108,11 @@ class CAKE(EvictingMethod):
     def rules(self, host: KVHost) -> Sequence[Rule]:
         """While decoding and after short turns, hold what was sliced; at the end of a prompt, slice; then tidy up."""
         indicator, held = _Indicator(self.window, self), _Held(self)
+        released = self.decode_order == "released"
         return [
-            Rule(held.due, _LastRow(held), held, Evict()),
+            Rule(held.due, PooledLastRow(self.window, self.kernel, released, held.of), held, Evict()),
             Rule(_measured, indicator, _Slices(self), Evict(recent=self.window, order="time")),
-            Rule(_complete, _Column(), _Everything(), _Settle(self.decode_order == "released")),
+            Rule(_complete, _Column(), _Everything(), _Settle(released)),
         ]
 
 
@@ -258,51 +260,3 @@ class _Held:
 
     def allot(self, call: Call) -> Mapping[int, Keep]:
         return {call.layer: self.of(call)}
-
-
-@dataclass(frozen=True)
-class _LastRow:
-    """Weights of the newest query, pooled over neighbours; the window is infinite."""
-
-    held: _Held
-
-    def observe(self, call: Call) -> None:
-        pass
-
-    def score(self, call: Call, store: LayerStore) -> Tensor:
-        cake, n = self.held.cake, store.dense.n
-        before = max(n - cake.window, 0)
-        order = slot_order(store, "rank" if "rank" in store.dense else "pos")
-        weights = last_row(call)
-        weights = weights if order is None else weights.gather(-1, order)
-        score = torch.full_like(weights, torch.inf)
-        score[..., :before] = pool(weights[..., :before], cake.kernel)
-        padding = 0 if "valid" not in store.dense else (n - real_slots(store))[:, None, None]
-        score = _settle_ties(score, before, before - padding, cake.kernel)
-        if cake.decode_order == "released":
-            self._rank(call, store, score, order)
-        return score if order is None else torch.empty_like(score).scatter_(-1, order, score)
-
-    def _rank(self, call: Call, store: LayerStore, score: Tensor, order: Tensor | None) -> None:
-        """Write down the order in which top-k leaves the tokens, in rows that lose one: by score, then the window."""
-        places = torch.arange(store.dense.n, device=score.device).expand_as(score)
-        order = places if order is None else order
-        valid = store.dense.get("valid")
-        key = score.neg().masked_fill(score == torch.inf, torch.inf)
-        if valid is not None:
-            key = key.masked_fill(~valid.expand_as(order).gather(-1, order), -torch.inf)
-        over = real_slots(store) > per_row(self.held.of(call), score)
-        best = torch.where(over[:, None, None], key.argsort(dim=-1, stable=True), places)
-        rank = torch.empty_like(score).scatter_(-1, order.gather(-1, best), places.float())
-        store.dense["rank"], store.fills["rank"] = rank, torch.inf
-
-
-def _settle_ties(score: Tensor, before: int, real: Keep, kernel: int) -> Tensor:
-    """Where so few tokens are left that every average is of all of them, the oldest one is worth least."""
-    few = real <= kernel // 2 + 1
-    if few is False:
-        return score
-    score = score.clone()
-    age = torch.arange(before, device=score.device).float()
-    score[..., :before] = torch.where(torch.as_tensor(few, device=score.device), age, score[..., :before])
-    return score

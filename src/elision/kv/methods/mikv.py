@@ -34,7 +34,7 @@ from elision.errors import OptionError
 from elision.kv.budgets import Even
 from elision.kv.classes import List, Tokens, counted, every, partition, picked
 from elision.kv.method import KVHost, KVMethod
-from elision.kv.packed import RowTier
+from elision.kv.packed import RowTier, check_group
 from elision.kv.parts import Call, Keep, Rule
 from elision.kv.scorers import ColumnSums
 from elision.kv.store import LayerStore
@@ -60,17 +60,17 @@ class Balanced(ColumnSums):
     """Accumulated attention of the importance tier; also finds the balancer at the end of the first prompt."""
 
     def observe(self, call: Call) -> None:
-        """Add this call's column sums; of prompt rows, take the maxima of |q|."""
+        """Add this call's column sums; of the first prompt's rows, take the maxima of |q|."""
         super().observe(call)
         state = call.store.state
-        if "balance" in state or call.phase == "step":
+        if "balance" in state:
             return
         q = call.grouped(call.q.abs())  # [B, G, g, m, D]
         if call.valid is not None:
             q = q * call.valid[:, None, None, :, None]
         peak = q.amax((2, 3), keepdim=True)[:, :, 0]  # [B, G, 1, D]
         state["q_max"] = torch.maximum(state["q_max"], peak) if "q_max" in state else peak
-        if call.phase == "prompt_end":
+        if call.phase != "prompt_chunk":  # a step comes first over tokens that were in the cache before
             k, valid = call.store.dense["k"].abs(), call.store.dense.get("valid")
             k = k if valid is None else k * valid[..., None]
             state["balance"] = balancer(state.pop("q_max"), k.amax(2, keepdim=True))
@@ -211,5 +211,6 @@ class MiKV(KVMethod):
 
     def rules(self, host: KVHost) -> Sequence[Rule]:
         """One rule: demote after every call but inside a prompt."""
+        check_group(self.name, "group", self.group, host.config)
         budget = Even(lambda call: share(self.ratio, call.lengths), growing=self.size == "ratio")
         return (Rule(lambda call: call.phase != "prompt_chunk", Balanced("sum"), budget, Demote(self)),)

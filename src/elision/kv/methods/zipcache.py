@@ -36,7 +36,7 @@ from torch import Tensor
 from elision.errors import OptionError
 from elision.kv.classes import Tokens, decoded, joined, partition, picked
 from elision.kv.method import KVHost, KVMethod
-from elision.kv.packed import ListTier, side_by_side
+from elision.kv.packed import ListTier, real_elements, side_by_side
 from elision.kv.parts import Call, Keep, Rule
 from elision.kv.probes import Norm, Probes
 from elision.kv.store import LayerStore
@@ -46,7 +46,7 @@ from elision.tensors.packing import DTYPES, Grid, channel_scale
 
 def fresh(store: LayerStore) -> int:
     """Tokens that came since the last packing, padding included; they are the newest dense slots."""
-    return store.seen - min(int(store.state.get("packed", 0)), store.seen)
+    return store.seen - int(store.state.get("packed", 0))
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,7 @@ class Demote:
 
     def _scale(self, v: Tensor, valid: Tensor | None) -> Tensor:
         """c [B or 1, 1, G · D] over the tokens v [B, G, n, D]."""
-        real = None if valid is None else side_by_side(valid[..., None].expand(v.shape))
-        flat = side_by_side(v)
+        flat, real = side_by_side(v), real_elements(valid, v)
         if self.method.shared_ranges:
             flat, real = flat.flatten(0, 1)[None], None if real is None else real.flatten(0, 1)[None]
         return channel_scale(flat, valid=real, params=DTYPES[self.method.params])
@@ -167,6 +166,8 @@ class ZipCache(KVMethod):
 
     def due(self, call: Call) -> bool:
         """After a prompt, and whenever `gap` new tokens have gathered."""
+        state = call.store.state
+        state["packed"] = min(state.get("packed", 0), call.first)  # packed tokens may have been taken back since
         if self.bits_other == 16 or call.phase == "prompt_chunk":
             return False
         return call.phase == "prompt_end" or fresh(call.store) >= self.gap

@@ -72,7 +72,7 @@ def test_what_is_no_such_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr(elision.zoo, "load", lambda name, folder=None: object())
     with pytest.raises(UnsupportedTarget, match="masked-diffusion"):
         load_dllm("garments-flux")
-    with pytest.raises(UnknownName, match="neither a zoo model"):
+    with pytest.raises(UnsupportedTarget, match=r"no config\.json"):
         load_dllm(str(tmp_path))
     digits = small_digits()
     assert load_dllm(load_dllm(digits)).name == "digits-mdlm"

@@ -115,13 +115,27 @@ class DllmLab:
         value = self.lead(UNCACHED, ours, length, tasks)
         return Measured(f"{_where(length, tasks)}: {ours.label}", value, told)
 
+    def race(self, entries: Sequence[tuple[Arm, int]], tasks: Sequence[str] = (), count: int = 5) -> list[list[float]]:
+        """Tokens per second of arms, each at a length, in turn on the same `count` questions, spread over the tasks.
+
+        Nothing that was remembered is used: runs at different times of a busy machine cannot be compared.
+        """
+        asked = [self.questions(length, tasks) for _, length in entries]
+        places = [int(i) for i in np.linspace(0, len(asked[0]) - 1, min(count, len(asked[0])))]
+        found: list[list[float]] = [[] for _ in entries]
+        for turn, place in enumerate(places):
+            for i in [(turn + k) % len(entries) for k in range(len(entries))]:
+                arm, question = entries[i][0], asked[i][place]
+                self.told(f"timing {arm.label}, {question.task} {question.length}, seed {question.seed}")
+                self._warm_up(question)
+                found[i].append(run(self.subject, arm, question)[1].speed)
+        return found
+
     def speedup(self, ours: Arm, length: int, tasks: Sequence[str] = (), base: Arm = UNCACHED) -> Measured:
         """Wall clock: how many times as many tokens per second as the uncached run, one question at a time."""
-        tokens = [self.total(arm, "tokens", length, tasks) for arm in (ours, base)]
-        seconds = [self.total(arm, "seconds", length, tasks) for arm in (ours, base)]
-        told = " and ".join(f"{t / s:.0f} tokens per second" for t, s in zip(tokens, seconds, strict=True))
-        setting = f"{_where(length, tasks)}: {ours.label}"
-        return Measured(setting, self.ratio(ours, base, "speed", length, tasks), told)
+        mine, other = self.race([(ours, length), (base, length)], tasks)
+        told = f"{np.mean(mine):.0f} and {np.mean(other):.0f} tokens per second"
+        return Measured(f"{_where(length, tasks)}: {ours.label}", stats.ratio(mine, other), told)
 
     # -- equal cost ----------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ def test_version() -> None:
 
 def test_methods_lists_the_registry() -> None:
     rows = json.loads(run("methods", "--json").stdout)
-    assert sorted(row["name"] for row in rows) == [m.name for m in elision.methods()]
+    assert [row["name"] for row in rows] == [m.name for m in elision.methods()]
     text = run("methods").stdout
     assert all(m.name in text for m in elision.methods())
     listed = json.loads(run("methods", "--family", "denoise", "--json").stdout)
@@ -92,7 +92,6 @@ def test_demo_ends_with_a_table_and_the_path_of_the_report(
     monkeypatch.chdir(tmp_path)
     found = run("demo", "--seeds", "1")
     assert "PSNR" in found.stdout
-    assert "no language model was asked" in found.stdout
     assert found.stdout.strip().endswith(str(tmp_path / "results" / "demo.html"))
     assert (tmp_path / "results" / "demo.jsonl").exists()
 

@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from elision.bench.claims import Claim, Finding
     from elision.bench.compare import Comparison, compare_denoise
+    from elision.bench.dllm.compare import compare_dllm
     from elision.bench.reproduce import run_claims
 
-__all__ = ["Claim", "Comparison", "Finding", "compare_denoise", "run_claims"]
+__all__ = ["Claim", "Comparison", "Finding", "compare_denoise", "compare_dllm", "run_claims"]
 
 _WHERE = {
     "Claim": "claims",
     "Comparison": "compare",
     "Finding": "claims",
     "compare_denoise": "compare",
+    "compare_dllm": "dllm.compare",
     "run_claims": "reproduce",
 }
 

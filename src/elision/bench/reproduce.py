@@ -31,6 +31,7 @@ class Reproduction:
         model: what was tested on; one for each family, joined by commas.
         steps, seeds, images: of the denoise methods; images per run.
         prompts, length: of the methods on K/V caches: prompts per task, and their tokens.
+        questions, total: of the methods for masked-diffusion models: questions per task, tokens of prompt and answer.
         findings: in the order of the claims.
     """
 
@@ -41,11 +42,13 @@ class Reproduction:
     images: int = 0
     prompts: int = 0
     length: int = 0
+    questions: int = 0
+    total: int = 0
     findings: list[Finding] = field(default_factory=list)
 
     def setting(self) -> dict[str, Any]:
         """What was asked for."""
-        names = ("names", "model", "steps", "seeds", "images", "prompts", "length")
+        names = ("names", "model", "steps", "seeds", "images", "prompts", "length", "questions", "total")
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,6 +67,7 @@ class Reproduction:
     def _size(self) -> str:
         parts = [f"{self.images} images per run, {len(self.seeds)} seeds"] if self.images else []
         parts += [f"{self.prompts} prompts of {self.length} tokens per task"] if self.prompts else []
+        parts += [f"{self.questions} questions of {self.total} tokens per task"] if self.questions else []
         return "".join(f", {part}" for part in parts)
 
     def table(self) -> Table:
@@ -74,7 +78,7 @@ class Reproduction:
         table = Table(
             title=f"claims on {self.model}{self._size()}",
             caption=", ".join(f"{counts[verdict]} {verdict}" for verdict in _STYLES if counts[verdict])
-            + " · intervals are 95 % over seeds, of K/V methods over prompts",
+            + " · intervals are 95 % over seeds, of language models over prompts",
             title_style="bold",
             caption_style="dim",
             show_lines=False,
@@ -106,8 +110,8 @@ def run_claims(
     family: str | None = None,
     steps: Sequence[int] = (28, 50),
     seeds: int | Sequence[int] = 6,
-    prompts: int | Sequence[int] = 12,
-    length: int = 320,
+    prompts: int | Sequence[int] | None = None,
+    length: int | None = None,
     progress: Callable[[int, int, str], None] = _silent,
 ) -> Reproduction:
     """Test the claims of methods, each family on a model of its own.
@@ -115,12 +119,14 @@ def run_claims(
     Args:
         names: methods, or `all`.
         model: a zoo name, a hub id, a local path, a loaded pipeline or (model, tokenizer), a `Subject` or
-            `LanguageSubject`; by default `garments-flux` for denoise methods and `smollm2` for those on K/V caches.
+            `LanguageSubject`; by default `garments-flux` for denoise methods, `smollm2` for those on K/V caches and
+            `digits-mdlm` for those for masked-diffusion models.
         family: only methods of this family; needed beside a `model` where names belong to several.
         steps: numbers of steps to test denoise methods at.
         seeds: how many, or which, for denoise methods; at least two, or there is no interval to judge by.
-        prompts: the same for methods on K/V caches: prompts of every task.
-        length: tokens of such a prompt.
+        prompts: the same for methods on language models: prompts of every task, by default 12, or 6 where each is
+            decoded without a cache first.
+        length: tokens of such a prompt, by default 320; of masked-diffusion models prompt and answer, by default 128.
         progress: told how many of how many experiments are done, and what runs next.
     """
     chosen = _choose(names, family or _family_of(model))
@@ -132,7 +138,9 @@ def run_claims(
     for name in families:
         mine = [claim for claim in chosen if claim.family == name]
         if name == "kv":
-            models.append(_kv(out, mine, model, _numbers(prompts, "prompt"), length, progress))
+            models.append(_kv(out, mine, model, _numbers(_or(prompts, 12), "prompt"), length or 320, progress))
+        elif name == "dllm":
+            models.append(_dllm(out, mine, model, _numbers(_or(prompts, 6), "prompt"), length or 128, progress))
         else:
             models.append(_denoise(out, mine, model, _numbers(seeds, "seed"), steps, progress))
     out.model = ", ".join(models)
@@ -158,7 +166,9 @@ def _family_of(model: Any) -> str | None:
     if model is None:
         return None
     if isinstance(model, str):
-        return {"smollm2": "kv", "garments-flux": "denoise"}.get(model)
+        return {"smollm2": "kv", "garments-flux": "denoise", "digits-mdlm": "dllm"}.get(model)
+    if type(model).__name__ in ("DllmSubject", "DigitsMdlm", "MaskedLM"):
+        return "dllm"
     return "kv" if isinstance(model, tuple) or (hasattr(model, "tokenizer") and hasattr(model, "frame")) else "denoise"
 
 
@@ -167,6 +177,10 @@ def _numbers(given: int | Sequence[int], what: str) -> list[int]:
     if len(numbers) < 2:
         raise OptionError(f"{len(numbers)} {what} gives no confidence interval to judge by; give at least 2")
     return numbers
+
+
+def _or(given: int | Sequence[int] | None, usual: int) -> int | Sequence[int]:
+    return usual if given is None else given
 
 
 Progress = Callable[[int, int, str], None]
@@ -196,10 +210,28 @@ def _kv(out: Reproduction, mine: Sequence[Claim], model: Any, seeds: list[int], 
     from elision.bench.kv.lab import KVLab
     from elision.bench.kv.subject import load_language
 
+    if length < 192:
+        raise OptionError(f"length={length} is out of range; prompts for K/V methods have at least 192 tokens")
     subject = load_language("smollm2" if model is None else model)
     place = [0]
     lab = KVLab(subject, seeds, lambda what: progress(place[0], len(mine), what))
     out.prompts, out.length = len(seeds), length
+    for place[0], claim in enumerate(mine):
+        progress(place[0], len(mine), claim.key)
+        out.findings += claims.examine(claim, lab, length, stepped=False)
+    return subject.name
+
+
+def _dllm(
+    out: Reproduction, mine: Sequence[Claim], model: Any, seeds: list[int], length: int, progress: Progress
+) -> str:
+    from elision.bench.dllm.lab import DllmLab
+    from elision.bench.dllm.subject import load_dllm
+
+    subject = load_dllm("digits-mdlm" if model is None else model)
+    place = [0]
+    lab = DllmLab(subject, seeds, lambda what: progress(place[0], len(mine), what))
+    out.questions, out.total = len(seeds), length
     for place[0], claim in enumerate(mine):
         progress(place[0], len(mine), claim.key)
         out.findings += claims.examine(claim, lab, length, stepped=False)

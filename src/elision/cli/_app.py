@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import elision
-from elision.cli import _catalogue, _compare, _demo, _doctor, _reproduce, _zoo
+from elision.cli import _catalogue, _compare, _compare_dllm, _demo, _doctor, _reproduce, _zoo
 from elision.cli._common import Group
 from elision.errors import MissingDependency
 
@@ -40,6 +40,7 @@ def _root(
 app.command("demo")(_demo.demo)
 app.command("methods")(_catalogue.methods)
 app.command("show")(_catalogue.show)
+_compare.app.command("dllm")(_compare_dllm.dllm)
 app.add_typer(_compare.app, name="compare")
 app.command("reproduce")(_reproduce.reproduce)
 app.command("fit")(_catalogue.fit)

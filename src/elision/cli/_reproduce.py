@@ -14,13 +14,18 @@ def reproduce(
     names: Annotated[list[str], typer.Argument(help="Methods whose claims are tested, or `all`.")],
     model: Annotated[
         str | None,
-        typer.Option(help="Zoo name, hub id or local path; by default garments-flux, and smollm2 for K/V methods."),
+        typer.Option(help="Zoo name, hub id or local path; by default the zoo's of each family."),
     ] = None,
     family: Annotated[str | None, typer.Option(help="Only methods of this family.")] = None,
     steps: Annotated[str, typer.Option(help="Numbers of steps to test at.")] = "28,50",
     seeds: Annotated[str, typer.Option(help='How many seeds ("6"), or which ("3,7").')] = "6",
-    prompts: Annotated[str, typer.Option(help="Prompts per task, for K/V methods.")] = "12",
-    length: Annotated[int, typer.Option(min=192, help="Tokens of a prompt, for K/V methods.")] = 320,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompts per task, for methods on language models; by default 12 or 6.")
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a prompt for K/V methods (320), of prompt and answer for dllm methods (128)."),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--out", "--output", "-o", help="Result file (.jsonl).")] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -38,7 +43,7 @@ def reproduce(
             family=family,
             steps=steps_of(steps) or [28],
             seeds=seeds_of(seeds),
-            prompts=seeds_of(prompts),
+            prompts=None if prompts is None else seeds_of(prompts),
             length=length,
             progress=move,
         )

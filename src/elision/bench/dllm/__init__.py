@@ -1,0 +1,1 @@
+"""Comparisons of methods for masked-diffusion language models."""

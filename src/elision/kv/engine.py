@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -23,6 +22,7 @@ from elision.kv.book import Book, adopt
 from elision.kv.fit import check_profile
 from elision.kv.method import KVHost, KVMethod
 from elision.kv.parts import Call, Phase
+from elision.kv.pseudo import check_pseudo, keep_all, observe, without_pseudo
 from elision.kv.report import KVReport, Ledger
 from elision.session import Applied
 
@@ -75,7 +75,7 @@ class KVApplied(Applied):
         module = self.host.attention[self.layers[0]]
         self.rules = tuple(method.rules(_describe(self.host, self.layers, module, self.profile)))
         self.pseudo = method.pseudo()
-        _check_pseudo(self.host, self.pseudo)
+        check_pseudo(self.host, self.pseudo)
         self.ledger = Ledger(self.layers)
         self._forward: Forward | None = None
         self._announced: int | None = None
@@ -215,7 +215,7 @@ class KVApplied(Applied):
         started, outer = perf_counter(), self._forward
         self._forward = forward
         try:
-            with _keep_all(cache, forward.extra):
+            with keep_all(cache, forward.extra):
                 out = inner(**kwargs)
         except BaseException:
             book.broken = True
@@ -224,7 +224,7 @@ class KVApplied(Applied):
             self._forward = outer
         self.ledger.seconds.computing += perf_counter() - started
         self.ledger.take(book)
-        return _without_pseudo(out, forward.m - forward.extra) if forward.extra else out
+        return without_pseudo(out, forward.m - forward.extra) if forward.extra else out
 
     def _enter(self, book: Book, kwargs: dict[str, Any]) -> Forward:
         tokens = kwargs.get("inputs_embeds")
@@ -260,7 +260,7 @@ class KVApplied(Applied):
         if self.method.stored() and first and not book.intact:
             kwargs["position_ids"] = self._behind(forward, kwargs.get("position_ids"))
         if self.pseudo is not None and phase != "step":
-            self._observe(forward, kwargs)
+            observe(self.pseudo, self.host.decoder.get_input_embeddings(), forward, kwargs)  # type: ignore[operator]
         return forward
 
     def _behind(self, forward: Forward, places: Tensor | None) -> Tensor:
@@ -288,36 +288,6 @@ class KVApplied(Applied):
         if first == 0 or (m > 1 and not book.recording):
             return "prompt_end", True
         return "step", False
-
-    def _observe(self, forward: Forward, kwargs: dict[str, Any]) -> None:
-        """Put the method's pseudo rows behind the last part of a prompt, at the positions that follow it."""
-        pseudo, state, drafts = self.pseudo, forward.book.state, forward.drafts
-        assert pseudo is not None
-        embed = self.host.decoder.get_input_embeddings()  # type: ignore[operator]
-        embeds = kwargs.get("inputs_embeds")
-        embeds = embed(kwargs["input_ids"]) if embeds is None else embeds
-        parts = [] if forward.starts else state.get("prompt", [])
-        of_prompt = forward.m - drafts
-        parts = [*parts, (embeds[:, :of_prompt], None if forward.valid is None else forward.valid[:, :of_prompt])]
-        if forward.phase == "prompt_chunk":
-            state["prompt"] = parts
-            return
-        state.pop("prompt", None)
-        if not pseudo.wanted(forward.lengths - drafts):
-            return
-        rows = pseudo.rows(torch.cat([e for e, _ in parts], 1), _joined(parts), embed)
-        kwargs["input_ids"], kwargs["inputs_embeds"] = None, torch.cat([embeds, rows.to(embeds)], 1)
-        mask, places, b, n = kwargs.get("attention_mask"), kwargs.get("position_ids"), len(rows), rows.shape[1]
-        if places is None and (pseudo.offset or drafts):
-            places = torch.arange(forward.first, forward.first + forward.m, device=rows.device)[None]
-        if places is not None:
-            after = torch.arange(1, n + 1, device=places.device) + pseudo.offset
-            kwargs["position_ids"] = torch.cat([places, places[..., of_prompt - 1 : of_prompt] + after], -1)
-        if mask is not None:
-            kwargs["attention_mask"] = torch.cat([mask, mask.new_ones(b, n)], 1)
-        if forward.valid is not None:
-            forward.valid = torch.cat([forward.valid, forward.valid.new_ones(b, n)], 1)
-        forward.extra, forward.m, forward.lengths = n, forward.m + n, forward.lengths + n
 
     def _attention(self, att: Attention) -> Out:
         forward = self._forward
@@ -425,18 +395,6 @@ def _image_token(target: Any) -> int | None:
     return None
 
 
-def _check_pseudo(host: Host, pseudo: Any) -> None:
-    if pseudo is None:
-        return
-    kinds = [type(layer).__name__ for layer in DynamicCache(config=host.config).layers]
-    linear = [kind for kind in kinds if "Linear" in kind]
-    if linear:
-        raise UnsupportedTarget(
-            f"{type(host.decoder).__name__} has linear-attention layers ({linear[0]}): pseudo rows would stay in their "
-            "state; use a method that observes the prompt's own rows, such as snapkv"
-        )
-
-
 def _prompt_end(args: tuple[Any, ...], kwargs: dict[str, Any], past: int) -> int | None:
     """Tokens seen when the prompt of this `generate` call is through, from the sizes of its arguments."""
     embeds = kwargs.get("inputs_embeds")
@@ -448,43 +406,3 @@ def _prompt_end(args: tuple[Any, ...], kwargs: dict[str, Any], past: int) -> int
     length, mask = int(ids.shape[1]), kwargs.get("attention_mask")
     only_new = mask is not None and past and mask.shape[1] == past + length
     return past + length if only_new else length
-
-
-def _without_pseudo(out: Any, m: int) -> Any:
-    """What the decoder returned for the first m rows alone."""
-    if isinstance(out, tuple):
-        return (out[0][:, :m], *out[1:])
-    out.last_hidden_state = out.last_hidden_state[:, :m]
-    if getattr(out, "hidden_states", None) is not None:
-        out.hidden_states = tuple(h[:, :m] for h in out.hidden_states)
-    if getattr(out, "attentions", None) is not None:
-        extra = out.attentions[0].shape[2] - m
-        out.attentions = tuple(a[:, :, :m, : a.shape[3] - extra] for a in out.attentions)
-    return out
-
-
-def _joined(parts: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
-    """Which tokens of a prompt that came in parts are real, [B, S]; None if all are."""
-    if all(valid is None for _, valid in parts):
-        return None
-    return torch.cat([e.new_ones(e.shape[:2], dtype=torch.bool) if v is None else v for e, v in parts], 1)
-
-
-@contextmanager
-def _keep_all(cache: Any, extra: int) -> Iterator[None]:
-    """Let sliding layers keep what they would drop while pseudo rows pass, and take these rows out of them again."""
-    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)] if extra else []
-    recorded = [getattr(layer, "record_past", False) for layer in layers]
-    try:
-        for layer in layers:
-            layer.record_past = True
-        yield
-        for layer, before in zip(layers, recorded, strict=True):
-            layer.keys, layer.values = layer.keys[:, :, :-extra], layer.values[:, :, :-extra]
-            if layer.is_sliding:
-                layer.cumulative_length -= extra
-                if not before:  # else whoever records will crop it
-                    layer.crop(0)
-    finally:
-        for layer, before in zip(layers, recorded, strict=True):
-            layer.record_past = before

@@ -352,3 +352,8 @@ def test_what_does_not_fit() -> None:
         elision.apply(tiny(seed=1), "prefixkv", profile=profile)
     with pytest.raises(elision.errors.ProfileError, match="nothing to fit"):
         elision.fit(model, "prefixkv", calls=[lambda m: None])
+
+
+@pytest.mark.parametrize(("distance", "point"), [(0, 30), (-3, 27), (5, 5), (-40, 15)])
+def test_only_a_positive_distance_is_an_absolute_index(distance: int, point: int) -> None:
+    assert PrefixKV(distance=distance).plan(60, 60, 0.5, 0)[:2] == (30, point)

@@ -79,17 +79,18 @@ class Demote:
         low, high = partition(score[..., old:], valid, real - keep, zipcache.low_order)
         store.state["packed"] = store.seen
         exact = zipcache.bits_salient == 16
-        if exact and low[0].shape[-1] == 0:
+        tiers = store.tiers if zipcache.requant == "all" else []
+        if exact and not tiers and low[0].shape[-1] == 0:
             return
         packed = [picked(store, (slots + old, listed)) for slots, listed in ([low] if exact else [low, high])]
-        scale = self._scale(dense["v"], dense.get("valid"))
-        if zipcache.requant == "all":
-            for tier in store.tiers:  # at most one of each class
-                assert isinstance(tier, ListTier)
-                again = decoded(tier, dense["k"], dense["v"])
-                scale = torch.maximum(scale, self._scale(again.v, again.valid))
-                packed[tier.label] = joined(again, packed[tier.label])
-            store.tiers.clear()
+        since = old if zipcache.requant == "block" else 0  # a block has parameters of its own
+        scale = self._scale(dense["v"][:, :, since:], dense["valid"][:, :, since:] if "valid" in dense else None)
+        for tier in tiers:  # at most one of each class
+            assert isinstance(tier, ListTier)
+            again = decoded(tier, dense["k"], dense["v"])
+            scale = torch.maximum(scale, self._scale(again.v, again.valid))
+            packed[tier.label] = joined(again, packed[tier.label])
+        tiers.clear()
         store.tiers.extend(self._tier(i, tokens, scale) for i, tokens in enumerate(packed) if tokens.pos.shape[2])
         first = torch.arange(old, device=score.device).expand(*score.shape[:2], old)
         stays, listed = high if exact else (high[0][..., :0], None)

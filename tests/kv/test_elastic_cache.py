@@ -312,6 +312,32 @@ def test_a_second_turn() -> None:
     torch.testing.assert_close(logits, masked(model, first, second, kept), atol=1e-4, rtol=1e-4)
 
 
+def test_a_second_turn_merges_into_the_nearest_after_deletions() -> None:
+    """Decoding reuses slots, so they are not in the order of time when the next prompt comes."""
+    total, rig = 110, Rig(ElasticCache(budget=0.5))
+    q, v = torch.randn(1, 2, total, 8), torch.randn(1, 2, total, 8)
+    k = torch.arange(float(total))[:, None].expand(1, 2, total, 8)
+    rig.feed(0, q[:, :, :60], k[:, :, :60], v[:, :, :60], "prompt_end")
+    for t in range(60, 90):
+        rig.feed(0, q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1])
+    store = rig.book.stores[0]
+    before = {int(p): float(x) for p, x in zip(store.positions()[0, 0], store.dense["k"][0, 0, :, 0], strict=True)}
+    rig.feed(0, q[:, :, 90:], k[:, :, 90:], v[:, :, 90:], "prompt_end")
+    before |= {p: float(p) for p in range(90, total)}
+    kept = store.positions()[0, 0].tolist()
+    assert kept == sorted(kept)
+    anchors, buckets = kept[1:-1], {p: [before[p]] for p in kept}
+    for u in sorted(before.keys() - set(kept)):
+        buckets[min(anchors, key=lambda a: (abs(a - u), a))].append(before[u])
+    means = torch.tensor([sum(buckets[p]) / len(buckets[p]) for p in kept])
+    torch.testing.assert_close(store.dense["k"][0, 0, :, 0], means)
+
+
+@pytest.mark.parametrize("distance", [0, -3, 5])
+def test_only_a_positive_distance_is_an_absolute_index(distance: int) -> None:
+    assert ElasticCache(distance=distance).plan(60, 60, 0.5, 0)[1] == (5 if distance == 5 else 30 + distance)
+
+
 @pytest.mark.parametrize("length", [8, 20, 60])
 def test_a_budget_in_tokens_is_kept_to(length: int) -> None:
     model = tiny()

@@ -85,3 +85,13 @@ def test_a_budget_in_tokens_and_a_second_turn() -> None:
         for part in (tokens(1, 40), tokens(1, 25, 3), tokens(1, 1, 4), tokens(1, 1, 5)):
             model(part, past_key_values=cache)
             assert all(18 < len(layer[0]) <= 20 for layer in held(run, cache))
+
+
+@pytest.mark.parametrize(("length", "ratio", "first"), [(1, 0.0, 0), (2, 0.3, 4), (2, 0.9, 4), (30, 1.0, 1)])
+def test_the_head_stays_when_nothing_else_may(length: int, ratio: float, first: int) -> None:
+    rig = Rig(LayerShared(kind="local", ratio=ratio, start_size=first), heads=1)
+    q = torch.randn(1, 1, length, 8)
+    rig.feed(0, q, q, phase="prompt_end")
+    forget = min(int(length - length * (1 - ratio)), max(length - first, 0))
+    expected = [p for p in range(length) if not first <= p < first + forget]
+    assert rig.kept()[0, 0].tolist() == expected

@@ -192,6 +192,20 @@ def test_no_token_is_read_twice_or_lost(model: Any, name: str, options: Options)
 
 
 @every_method
+def test_steps_that_wait_read_their_own_layer(model: Any, name: str, options: Options) -> None:
+    """While tokens may be taken back, rules wait; the buffer that all layers decode into has moved on by then."""
+    found = []
+    for waits in (False, True):
+        with elision.apply(model, name, **options) as run, torch.no_grad():
+            cache = run.cache()
+            model(_ids(20), past_key_values=cache)
+            if waits:
+                cache.activate_past_recording()
+            found.append(_steps(model, _ids(14, seed=1), cache))
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=0)
+
+
+@every_method
 def test_prompts_of_one_token(model: Any, name: str, options: Options) -> None:
     with elision.apply(model, name, **options) as run, torch.no_grad():
         cache = run.cache()

@@ -352,3 +352,33 @@ def test_what_does_not_fit() -> None:
         elision.apply(tiny(seed=1), "prefixkv", profile=profile)
     with pytest.raises(elision.errors.ProfileError, match="nothing to fit"):
         elision.fit(model, "prefixkv", calls=[lambda m: None])
+
+
+@pytest.mark.parametrize(("distance", "point"), [(0, 30), (-3, 27), (5, 5), (-40, 15)])
+def test_only_a_positive_distance_is_an_absolute_index(distance: int, point: int) -> None:
+    assert PrefixKV(distance=distance).plan(60, 60, 0.5, 0)[:2] == (30, point)
+
+
+@pytest.mark.parametrize("parts", [[41], [12, 41], [5, 20, 37, 41]])
+def test_the_head_of_a_row_that_begins_in_a_later_part_stays(parts: list[int]) -> None:
+    """The first parts of a prompt may be nothing but padding for a short row."""
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 2, 41, 8, generator=g) for _ in "qk")
+    k[1, :, 34:38] -= 5 * q[1].mean(1, keepdim=True)  # nobody looks at the head of the short row
+    valid = torch.ones(2, 41, dtype=torch.bool)
+    valid[1, :34] = False
+    rig = Rig(PrefixKV(ratios=(0.3,), start_size=4), heads=2, groups=2)
+    for start, stop in zip([0, *parts], parts, strict=False):
+        phase = "prompt_end" if stop == 41 else "prompt_chunk"
+        at = slice(start, stop)
+        rig.feed(0, q[:, :, at], k[:, :, at], phase=phase, starts=start == 0, valid=valid[:, at])
+    assert rig.book.stores[0].state["pads"].flatten().tolist() == [0, 34]
+    assert {34, 35, 36, 37, 40} <= set(rig.kept()[1, 0].tolist())
+
+
+@pytest.mark.parametrize("lengths", [(2, 7, 3), (2, 3, 41), (1, 1, 2)])
+@pytest.mark.parametrize("distance", [0, 5])
+def test_points_beyond_what_a_short_row_holds(lengths: tuple[int, ...], distance: int) -> None:
+    """Rows of a batch that let nothing go have no slot at their deletion point."""
+    rows_are_single_runs(tiny(), "prefixkv", lengths, steps=6, ratio=0.3, distance=distance)
+    rows_are_single_runs(tiny(), "elastic_cache", lengths, steps=6, ratio=0.3, distance=distance, start_size=0)

@@ -289,3 +289,36 @@ def test_tokens_after_a_crop_are_packed_in_their_turn(bits_salient: int) -> None
         assert exact <= salient + 7
     held = rig.kept()
     assert torch.equal(held[..., -70:], torch.arange(70).expand_as(held[..., -70:]))
+
+
+@pytest.mark.parametrize(("low_ratio", "prompt"), [(0.0, 30), (0.4, 2), (0.4, 1), (1.0, 30)])
+@pytest.mark.parametrize("requant", ["all", "block"])
+def test_classes_keep_their_bits_when_one_of_them_was_empty(low_ratio: float, prompt: int, requant: Any) -> None:
+    q, k, v = _inputs(prompt, 16)
+    rig = Rig(ZipCache(low_ratio=low_ratio, gap=5, requant=requant))
+    low = int(low_ratio * prompt)
+    for step, _ in enumerate(rig.run(q, k, v, prompt)):
+        low += int(low_ratio * 5) if step and step % 5 == 0 else 0
+        held = {2: 0, 4: 0}
+        for tier in rig.book.stores[0].tiers:
+            held[tier.keys.grid.bits] += tier.meta.n  # type: ignore[attr-defined]
+        assert held == {2: low, 4: prompt + step // 5 * 5 - low}
+
+
+def test_a_block_beside_exact_tokens_has_its_own_channel_scale() -> None:
+    q, k, v = _inputs(20, 10)
+    v[0, :, :, :20] *= 50
+    rig = Rig(ZipCache(bits_salient=16, gap=10, requant="block", params="float32"))
+    list(rig.run(q, k, v, 20))
+    block = rig.book.stores[0].tiers[1]
+    peak = v[0][:, :, 20:].abs().amax(2).flatten(1)
+    torch.testing.assert_close(block.values.scale[:, 0], peak.sqrt())  # type: ignore[attr-defined]
+
+
+def test_old_codes_are_rounded_anew_also_when_no_new_token_is_packed() -> None:
+    """One new token at a time, none of them low: the released code packs the old ones again all the same."""
+    q, k, v = _inputs(20, 3)
+    rig = Rig(ZipCache(bits_salient=16, gap=1, params="float32"))
+    seen = [rig.book.stores[0].tiers[0].values for _ in rig.run(q, k, v, 20)]  # type: ignore[attr-defined]
+    assert len({id(values) for values in seen}) == 4
+    assert rig.book.stores[0].tiers[0].meta.n == 8

@@ -115,8 +115,8 @@ def nearest(sources: Tensor, anchors: Tensor) -> Tensor:
 class Merge:
     """Bring the dense slots of each row down by averaging what goes into the nearest anchor that stays.
 
-    Slots have to be in the order of time, and scores the same for all heads [B, 1, n]. The oldest `first` and the
-    newest real token of a row always stay and take nothing in; of the others, the best are anchors. An anchor's key and
+    Scores have to be the same for all heads [B, 1, n]; what stays is put in the order of time. The oldest `first` and
+    the newest real token of a row always stay and take nothing in; of the others, the best are anchors. An anchor's key and
     value become the plain mean of its own and of those assigned to it, over vectors as they are cached. Where no anchor
     is left, tokens are dropped.
 
@@ -141,7 +141,8 @@ class Merge:
         real = torch.zeros(b, 1, width, dtype=torch.bool, device=device)
         keys, values = (x.new_zeros(b, x.shape[1], width, x.shape[3]) for x in (k, v))
         for row in range(b):
-            mine = torch.arange(store.dense.n, device=device) if valid is None else valid[row, 0].nonzero()[:, 0]
+            mine = places[row].argsort()  # slots may have been reused since the last time
+            mine = mine if valid is None else mine[valid[row, 0, mine]]
             stay = keep if isinstance(keep, int) else int(keep[row])
             kept, source, target = self._split(score[row, 0, mine], places[row, mine], stay)
             count = len(kept)

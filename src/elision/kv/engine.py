@@ -319,6 +319,8 @@ class KVApplied(Applied):
         if forward.phase != "step":  # a step fits into buffers that are counted after it
             self.ledger.high(book)
         if book.recording and not forward.extra:
+            if store.tiers:
+                call.keys = None  # they lie in a buffer that the next layer overwrites
             store.pending = call
         else:
             self.act(call)

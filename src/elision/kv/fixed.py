@@ -133,5 +133,6 @@ class FixedSlot:
             ends = torch.cat([point, (point + due[:, None, None] - 1).clamp(min=0)], -1)
             last = torch.iinfo(places.dtype).max
             order = (places if valid is None else places.masked_fill(~valid, last)).sort(-1).values
+            ends = ends.clamp(max=order.shape[-1] - 1)  # of rows that let nothing go
             low, high = order.gather(-1, ends).chunk(2, -1)
         return ((places < low) | (places > high)).float()

@@ -148,6 +148,7 @@ class ListTier:
         keys, values: grids over [B, n, G · D].
         scale: [B or 1, 1, G · D], channel scale of the values.
         shared: Take the ranges of the keys over all rows of the batch (as released) instead of each row's own.
+        label: Which class the tokens are of, for the owner of several lists.
     """
 
     def __init__(
@@ -161,8 +162,9 @@ class ListTier:
         values: Grid,
         scale: Tensor | None,
         shared: bool = False,
+        label: int = 0,
     ) -> None:
-        self.meta = Slots()
+        self.meta, self.label = Slots(), label
         self.meta.append(**({"pos": pos} if valid is None else {"pos": pos, "valid": valid}))
         self.values = quantize(side_by_side(v), values, valid=real_elements(valid, v), scale=scale)
         rows, real = side_by_side(k), real_elements(valid, k)

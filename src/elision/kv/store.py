@@ -220,8 +220,9 @@ class LayerStore:
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         """Add m new tokens k, v [B, G, m, D]; `valid` [B, m] is False on padding."""
         b, m = k.shape[0], k.shape[2]
-        if valid is not None and self.seen == 0:
-            self.state["pads"] = (~valid).sum(1)[:, None, None]
+        if valid is not None and (self.seen == 0 or "pads" in self.state):
+            pads, lead = self.state.get("pads", 0), (~valid).int().cumprod(1).sum(1)[:, None, None]
+            self.state["pads"] = torch.where(pads == self.seen, pads + lead, pads) if self.seen else lead
         if valid is not None and "valid" not in self.dense and self.dense.n:
             self.dense["valid"] = torch.ones(b, 1, self.dense.n, dtype=torch.bool, device=k.device)
         columns: dict[str, Tensor | float] = {"k": k, "v": v}

@@ -67,7 +67,7 @@ class ElasticCache(EvictingMethod):
     )
     start_size: int = option(1, "tokens at the head of the prompt that always stay", ge=0)
     distance: int = option(
-        -25, "deletion point from the end of the compressed prompt; from 1 on it is an absolute index"
+        -25, "deletion point from the end of the compressed prompt; above 0 it is an absolute index"
     )
     mode: str = option(
         "paper", "ranks as in the paper, or the released code with its defects", choices=("paper", "released")
@@ -90,7 +90,7 @@ class ElasticCache(EvictingMethod):
     def plan(self, n: int, seen: int, share: float, room: int) -> tuple[int, int, float]:
         """After a prompt: how many of n held tokens stay, the deletion point, and the share that grows from then on."""
         forget = max(int(n - seen * share), 0)
-        point = n - forget + self.distance if self.distance < 0 else self.distance
+        point = self.distance if self.distance > 0 else n - forget + self.distance
         gone = forget + 1 if forget else 0
         if self.mode == "paper":
             point = max(point, self.start_size)

@@ -92,7 +92,11 @@ class _Local:
         """This layer."""
         state, n = call.store.state, held(call.store)
         forget, first = self.method.start(call), self.method.start_size
-        state["due"], state["point"] = forget, first
+        forget = forget.minimum((n - first).clamp(min=0)) if isinstance(n, Tensor) else min(forget, max(n - first, 0))
+        state["point"] = first
+        if not bool((forget > 0).any() if isinstance(forget, Tensor) else forget):
+            return {}
+        state["due"] = forget
         return {call.layer: n - forget}
 
 

@@ -76,7 +76,7 @@ class PrefixKV(EvictingMethod):
     ratios: tuple[float, ...] | None = option(None, "drop ratio of every managed layer, instead of a profile")
     start_size: int = option(1, "tokens at the head of the prompt that always stay", ge=0)
     distance: int = option(
-        -25, "deletion point from the end of the compressed prompt; from 0 on it is an absolute index"
+        -25, "deletion point from the end of the compressed prompt; above 0 it is an absolute index"
     )
     tolerance: float = option(5, "tokens in total by which the search may miss the budget", gt=0)
     position: str = option("true", "positions of new tokens", choices=("true", "compressed"))
@@ -121,7 +121,7 @@ class PrefixKV(EvictingMethod):
         That is a share of all tokens, or a number of them.
         """
         stay = min(max(seen - round(ratio * seen), self.protect), n)
-        point = stay + self.distance if self.distance < 0 else self.distance
+        point = self.distance if self.distance > 0 else stay + self.distance
         point = max(point if point >= 1 else stay // 2, 1)
         return (stay, point, 0.0, stay if stay < n else max(room, stay)) if room else (stay, point, 1 - ratio, 0)
 

@@ -79,19 +79,19 @@ class Demote:
         low, high = partition(score[..., old:], valid, real - keep, zipcache.low_order)
         store.state["packed"] = store.seen
         exact = zipcache.bits_salient == 16
-        if exact and low[0].shape[-1] == 0:
+        tiers = store.tiers if zipcache.requant == "all" else []
+        if exact and not tiers and low[0].shape[-1] == 0:
             return
-        packed = [(zipcache.bits_other, picked(store, (low[0] + old, low[1])))]
-        if not exact:
-            packed.append((zipcache.bits_salient, picked(store, (high[0] + old, high[1]))))
-        scale = self._scale(dense["v"], dense.get("valid"))
-        if zipcache.requant == "all":
-            for i, tier in enumerate(store.tiers):  # others, then salient ones
-                again = decoded(tier, dense["k"], dense["v"])
-                scale = torch.maximum(scale, self._scale(again.v, again.valid))
-                packed[i] = (packed[i][0], joined(again, packed[i][1]))
-            store.tiers.clear()
-        store.tiers.extend(self._tier(bits, tokens, scale) for bits, tokens in packed if tokens.pos.shape[2])
+        packed = [picked(store, (slots + old, listed)) for slots, listed in ([low] if exact else [low, high])]
+        since = old if zipcache.requant == "block" else 0  # a block has parameters of its own
+        scale = self._scale(dense["v"][:, :, since:], dense["valid"][:, :, since:] if "valid" in dense else None)
+        for tier in tiers:  # at most one of each class
+            assert isinstance(tier, ListTier)
+            again = decoded(tier, dense["k"], dense["v"])
+            scale = torch.maximum(scale, self._scale(again.v, again.valid))
+            packed[tier.label] = joined(again, packed[tier.label])
+        tiers.clear()
+        store.tiers.extend(self._tier(i, tokens, scale) for i, tokens in enumerate(packed) if tokens.pos.shape[2])
         first = torch.arange(old, device=score.device).expand(*score.shape[:2], old)
         stays, listed = high if exact else (high[0][..., :0], None)
         mark = None if listed is None else torch.cat([torch.ones_like(first, dtype=torch.bool), listed], -1)
@@ -104,11 +104,12 @@ class Demote:
             flat, real = flat.flatten(0, 1)[None], None if real is None else real.flatten(0, 1)[None]
         return channel_scale(flat, valid=real, params=DTYPES[self.method.params])
 
-    def _tier(self, bits: int, tokens: Tokens, scale: Tensor) -> ListTier:
-        params = DTYPES[self.method.params]
+    def _tier(self, label: int, tokens: Tokens, scale: Tensor) -> ListTier:
+        """The tokens of one class: 0 the others, 1 the salient ones."""
+        bits, params = (self.method.bits_other, self.method.bits_salient)[label], DTYPES[self.method.params]
         keys, values = Grid(bits, "channel", params=params), Grid(bits, "token", params=params)
         shared = self.method.shared_ranges
-        return ListTier(*tokens, keys=keys, values=values, scale=scale, shared=shared)
+        return ListTier(*tokens, keys=keys, values=values, scale=scale, shared=shared, label=label)
 
 
 @register

@@ -73,6 +73,10 @@ class Method(ABC):
         """Run the offline part of the method; most have none."""
         raise OptionError(f"{self.name} has no offline part: apply it directly, without a profile")
 
+    def wants_profile(self) -> bool:
+        """Whether the method cannot act without a profile at these options."""
+        return self.needs_profile
+
     @classmethod
     def options(cls) -> Mapping[str, dataclasses.Field[Any]]:
         """The option fields by name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from elision.denoise.steps import Step
 
 WARMUP, TAIL = Decision(False, "warm-up"), Decision(False, "last steps")
 INTERVAL = Decision(False, "interval over")
-LISTED = Decision(False, "listed step")
+LISTED, UNLISTED = Decision(False, "listed step"), Decision(False, "outside the list")
 
 
 class Interval(Schedule):
@@ -63,16 +63,26 @@ class Steps(Schedule):
 
 
 class SiteSteps(Schedule):
-    """Compute every site at its own list of steps (BAC's per-branch update steps)."""
+    """Compute every site at its own list of steps (BAC's per-branch update steps).
+
+    A site without steps is always computed, one whose list starts late is computed until then, and from step `until` on
+    all are.
+    """
 
     scope: ClassVar[Literal["step", "branch", "site"]] = "site"
 
-    def __init__(self, computed: dict[str, Iterable[int]]) -> None:
+    def __init__(self, computed: Mapping[str, Iterable[int]], until: int | None = None) -> None:
         self.computed = {key: frozenset(steps) for key, steps in computed.items()}
+        self.until = until
 
     def decide(self, step: Step, site: Site, call: Call) -> Decision:
         """Listed or not, for this site."""
-        return LISTED if step.n in self.computed[site.key] else STAND_IN
+        mine = self.computed[site.key]
+        if step.n in mine:
+            return LISTED
+        if not mine or step.n < min(mine) or (self.until is not None and step.n >= self.until):
+            return UNLISTED
+        return STAND_IN
 
 
 class Random(Schedule):

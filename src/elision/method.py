@@ -64,6 +64,11 @@ class Method(ABC):
         for f in dataclasses.fields(self):
             _check(self, f)
 
+    @property
+    def wants_profile(self) -> bool:
+        """Whether a profile is needed with these options; some methods can be told by hand what a profile says."""
+        return self.needs_profile
+
     @classmethod
     @abstractmethod
     def attach(cls, target: Any, methods: Sequence[Method], **settings: Any) -> Applied:
@@ -72,10 +77,6 @@ class Method(ABC):
     def fit(self, target: Any, calls: Sequence[Any], **settings: Any) -> Profile:
         """Run the offline part of the method; most have none."""
         raise OptionError(f"{self.name} has no offline part: apply it directly, without a profile")
-
-    def wants_profile(self) -> bool:
-        """Whether the method cannot act without a profile at these options."""
-        return self.needs_profile
 
     @classmethod
     def options(cls) -> Mapping[str, dataclasses.Field[Any]]:

@@ -93,7 +93,9 @@ def measure(method: BAC, target: Any, calls: Sequence[Any]) -> Profile:
     if len(lengths) != 1:
         raise OptionError(f"bac: the calls ran for {sorted(lengths)} steps: a profile is for one number of steps")
     (k,) = lengths
-    similarity = [torch.stack([similarity_matrix(x, method.metric) for x in several]).mean(0) for several in runs.values()]
+    similarity = [
+        torch.stack([similarity_matrix(x, method.metric) for x in several]).mean(0) for several in runs.values()
+    ]
     error = torch.tensor([sum(map(step_error, several)) / len(several) for several in runs.values()])
     sizes = torch.tensor([features.sizes[key] for key in runs])
     facts = {

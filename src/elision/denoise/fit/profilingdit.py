@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from elision.denoise.adapters import adapter_for
 from elision.denoise.fit._attention import AttentionWatch
 from elision.denoise.fit._record import record, run_call
 from elision.denoise.policy import Host
@@ -71,7 +72,8 @@ def principal_components(prediction: Tensor, count: int = 3) -> Tensor:
     rows = prediction.flatten(1, 3).double()
     rows = rows - rows.mean(1, keepdim=True)
     _, axes = torch.linalg.eigh(rows.transpose(1, 2) @ rows)
-    return (rows @ axes[..., -min(count, rows.shape[-1]) :].flip(-1)).unflatten(1, prediction.shape[1:4])
+    components: Tensor = rows @ axes[..., -min(count, rows.shape[-1]) :].flip(-1)
+    return components.reshape(*prediction.shape[:4], -1)
 
 
 def segment(components: Tensor, how: Segmentation, rounds: int = 20) -> Tensor:
@@ -121,7 +123,7 @@ def frames_of(prediction: Tensor) -> Tensor:
         return prediction.movedim(1, -1)[:, None]
     side = isqrt(prediction.shape[1])
     shape = (side, side) if side * side == prediction.shape[1] else (1, prediction.shape[1])
-    return prediction.unflatten(1, (1, *shape))
+    return prediction.reshape(len(prediction), 1, *shape, -1)
 
 
 def foreground_of(prediction: Tensor, tokens: int, how: Segmentation) -> Tensor:
@@ -190,7 +192,7 @@ def measure(method: ProfilingDiT, target: Any, calls: Sequence[Any]) -> Profile:
     if len(found.denoisers) > 1:
         raise OptionError(f"profilingdit: {found.name} has {len(found.denoisers)} denoisers: fit and apply each alone")
     model = unwrap(found.denoisers[0])
-    host = Host(model, _adapter(model), found.scheduler)
+    host = Host(model, adapter_for(model), found.scheduler)
     if not host.adapter.lists:
         host.site("run", "profilingdit")  # raises, naming the classes that have blocks
     blocks = _attention_of(host)
@@ -205,12 +207,6 @@ def measure(method: ProfilingDiT, target: Any, calls: Sequence[Any]) -> Profile:
     steps, table = ratios.table()
     facts = {"steps": steps, "blocks": list(blocks), "samples": len(next(iter(ratios.rows.values())))}
     return Profile(fingerprint("profilingdit", model, found.scheduler, None), {"ratio": table}, facts)
-
-
-def _adapter(model: Any) -> Any:
-    from elision.denoise.adapters import adapter_for
-
-    return adapter_for(model)
 
 
 def _attention_of(host: Host) -> Mapping[str, list[str]]:

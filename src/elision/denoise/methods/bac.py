@@ -152,7 +152,9 @@ class BAC(DenoiseMethod):
     num_caches: int = option(10, "update steps of every branch (M, the tables' S), at most the steps of a run", ge=1)
     union_blocks: int = option(5, "branches that take part in the bubbling union (n); 0 is none", ge=0)
     schedule: Literal["optimal", "shared", "uniform"] = option(
-        "optimal", "update steps per branch, one schedule for all, or an interval", choices=("optimal", "shared", "uniform")
+        "optimal",
+        "update steps per branch, one schedule for all, or an interval",
+        choices=("optimal", "shared", "uniform"),
     )
     objective: Literal["anchored", "consecutive"] = option(
         "anchored", "similarity to the serving step, or to the step before", choices=("anchored", "consecutive")
@@ -179,6 +181,7 @@ class BAC(DenoiseMethod):
             if getattr(self, name) != self.options()[name].default:
                 raise OptionError(f"bac: {name} has no meaning for schedule={self.schedule!r}; leave it out")
 
+    @property
     def wants_profile(self) -> bool:
         """All but the uniform baseline."""
         return self.schedule != "uniform"
@@ -209,7 +212,10 @@ class BAC(DenoiseMethod):
         matrices = dict(zip(known, profile.tensors["similarity"].numpy(), strict=True))
         if self.schedule == "shared":
             matrices = dict.fromkeys(known, matrices[sites[0].key])
-        steps = {key: set(find(matrix, self.num_caches, profile.facts["metric"] == "cosine")) for key, matrix in matrices.items()}
+        steps = {
+            key: set(find(matrix, self.num_caches, profile.facts["metric"] == "cosine"))
+            for key, matrix in matrices.items()
+        }
         if self.schedule == "optimal":
             error = dict(zip(known, profile.tensors[f"error_{self.proxy}"].tolist(), strict=True))
             selected = noisiest(error, self.union_blocks)

@@ -18,79 +18,37 @@ stream and guidance branch:
     any other step      h += D once for each run, the blocks outside of B are computed on the current h
 
 Refresh steps, of which s0 is the first: `schedule="list"` is the released list for 50 steps, "uniform" every
-`interval`-th step, "formula" the paper's shrinking interval T_s = T_max - (T_max - T_min)(s - s0)/(S - s0), generated as
-"next = s + round(T_s)" (inferred: read literally, "s is a multiple of T_s" hardly ever fires). A list without s0, on
+`interval`-th step, "formula" the paper's shrinking interval T_s = T_max - (T_max - T_min)(s - s0)/(S - s0), generated
+as "next = s + round(T_s)" (inferred: read literally, "s is a multiple of T_s" hardly ever fires). A list without s0, on
 which the released code crashes, is refused. `preset` is a whole released configuration: HunyuanVideo's list for its
 single-stream blocks beside one uniform run over double-stream blocks 6 to 19, or Wan2.1-14B's list.
 
 Where paper and code differ: the paper writes a sum of deltas, the code overwrites, and so does this; the released code
-loses the base of a run that starts at block 0, here it is the input of the run. Runs never cross from one list of blocks
-(two-stream, single-stream) into the next. Not published and therefore inferred: the attention threshold (default: the
-mean, 1/N), tau (default: a quantile, `share`), the aggregation over steps, the segmentation that stands in for SAM2 (see
-`segmentation`; true masks can be given to `fit`, see `elision.denoise.fit.profilingdit.Masked`).
+loses the base of a run that starts at block 0, here it is the input of the run. Runs never cross from one list of
+blocks (two-stream, single-stream) into the next. Not published and therefore inferred: the attention threshold
+(default: the mean, 1/N), tau (default: a quantile, `share`), the aggregation over steps, the segmentation that stands
+in for SAM2 (see `segmentation`; true masks can be given to `fit`, see `elision.denoise.fit.profilingdit.Masked`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from elision.denoise.policy import STAND_IN, Claims, Decision, DenoiseMethod, Group, Host, Plan, Schedule
+from elision.denoise.policy import Claims, DenoiseMethod, Group, Host, Plan
 from elision.denoise.predictors import Residual, Reuse
-from elision.denoise.schedules import INTERVAL, LISTED, WARMUP
-from elision.denoise.sites import Call, Level, Site
+from elision.denoise.schedules import Refresh, Refreshed
+from elision.denoise.sites import Call, Level
 from elision.denoise.steps import Step
-from elision.errors import OptionError, UnsupportedTarget
+from elision.errors import OptionError, ProfileMismatch, UnsupportedTarget
 from elision.method import Paper, option, register
 from elision.profile import Profile
 
 RELEASED_LIST = (6, 18, 26, 32, 38, 42, 46, 48)
-
-
-@dataclass(frozen=True)
-class Refresh:
-    """When deltas are renewed, from step `start` on.
-
-    Attributes:
-        kind: "list", "uniform" or "formula".
-        start: s0.
-        steps: the list.
-        interval: of "uniform".
-        ends: T_max and T_min of "formula".
-    """
-
-    kind: str = "list"
-    start: int = 6
-    steps: tuple[int, ...] = RELEASED_LIST
-    interval: int = 6
-    ends: tuple[float, float] = (12, 2)
-
-    def due(self, n: int, total: int | None) -> bool:
-        """Whether step `n` of `total` is a refresh step."""
-        if self.kind == "list":
-            return n in self.steps
-        if self.kind == "uniform":
-            return (n - self.start) % self.interval == 0
-        assert total is not None
-        return n in shrinking(self.start, total, *self.ends)
-
-
-def interval_at(s: int, start: int, total: int, longest: float, shortest: float) -> float:
-    """The paper's T_s: `longest` at step `start`, `shortest` at step `total`, linear in between."""
-    return longest - (longest - shortest) * (s - start) / (total - start)
-
-
-def shrinking(start: int, total: int, longest: float, shortest: float) -> list[int]:
-    """Refresh steps `start, ..., s, s + round(T_s), ...` below `total`; halves round to even, at least one step on."""
-    steps, s = [], start
-    while s < total:
-        steps.append(s)
-        s += max(1, round(interval_at(s, start, total, longest, shortest)))
-    return steps
 
 
 @dataclass(frozen=True)
@@ -105,8 +63,11 @@ class Part:
 _HUNYUAN = (0, 2, *range(4, 8), *range(10, 22), 23, *range(25, 28), 31, 33)
 _WAN = (0, *range(2, 8), *range(10, 21), *range(25, 33), 37, 38)
 PRESETS: dict[str, tuple[Part, ...]] = {
-    "hunyuan-video": (Part(20, tuple(range(6, 20)), Refresh("uniform")), Part(40, _HUNYUAN, Refresh("list"))),
-    "wan2.1-14b": (Part(40, _WAN, Refresh("uniform")),),
+    "hunyuan-video": (
+        Part(20, tuple(range(6, 20)), Refresh("uniform", 6, interval=6)),
+        Part(40, _HUNYUAN, Refresh("list", 6, RELEASED_LIST)),
+    ),
+    "wan2.1-14b": (Part(40, _WAN, Refresh("uniform", 6, interval=6)),),
 }
 
 
@@ -119,24 +80,6 @@ def runs_of(blocks: Sequence[int]) -> list[tuple[int, int]]:
         else:
             runs.append((i, i))
     return runs
-
-
-class _Refreshed(Schedule):
-    """Every block until `start`, then the refresh steps of each run."""
-
-    scope: ClassVar[Literal["step", "branch", "site"]] = "site"
-
-    def __init__(self, rules: Mapping[str, Refresh]) -> None:
-        self.rules = rules
-
-    def decide(self, step: Step, site: Site, call: Call) -> Decision:
-        """Early, due, or stand in."""
-        rule = self.rules[site.key]
-        if step.n < rule.start:
-            return WARMUP
-        if rule.due(step.n, step.total):
-            return LISTED if rule.kind == "list" else INTERVAL
-        return STAND_IN
 
 
 class _Delta(Residual):
@@ -214,6 +157,7 @@ class ProfilingDiT(DenoiseMethod):
                 "so there would be nothing to add: put it into the list"
             )
 
+    @property
     def wants_profile(self) -> bool:
         """Where the blocks are not named."""
         return self.preset is None and self.blocks is None
@@ -228,8 +172,9 @@ class ProfilingDiT(DenoiseMethod):
             rules[sites[-1].key] = refresh
         start = 6 if self.preset else self.warmup_steps
         needs_total = any(refresh.kind == "formula" for refresh in rules.values())
-        group = Group(self.name, sites, lambda: _Refreshed(rules), lambda: _Delta(start))
-        return Plan([group], Claims(frozenset(sites), needs_total=needs_total))
+        group = Group(self.name, sites, lambda: Refreshed(rules), lambda: _Delta(start))
+        notes = [] if sites else ["no block is cached, so nothing is elided"]
+        return Plan([group], Claims(frozenset(sites), needs_total=needs_total), notes)
 
     def runs(self, host: Host, profile: Profile | None) -> Iterator[tuple[int, int, Refresh]]:
         """The runs of cached blocks, counted over all lists, and when each is renewed."""
@@ -253,12 +198,15 @@ class ProfilingDiT(DenoiseMethod):
         blocks = self.blocks
         if blocks is None:
             assert profile is not None
-            blocks = self.chosen(profile.tensors["ratio"])
+            ratio = profile.tensors["ratio"]
+            if ratio.shape[1] != total:
+                raise ProfileMismatch(
+                    f"profilingdit: the profile is of {ratio.shape[1]} blocks, the denoiser has {total}: fit one for it"
+                )
+            blocks = self.chosen(ratio)
         if blocks and max(blocks) >= total:
             raise OptionError(f"profilingdit: block {max(blocks)} does not exist, the denoiser has {total} from 0 on")
-        refresh = Refresh(
-            self.schedule, self.warmup_steps, self.refresh, self.interval, (self.longest, self.shortest)
-        )
+        refresh = Refresh(self.schedule, self.warmup_steps, self.refresh, self.interval, (self.longest, self.shortest))
         parts, before = [], 0
         for depth in depths:
             mine = tuple(i - before for i in blocks if before <= i < before + depth)

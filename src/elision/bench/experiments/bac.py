@@ -21,7 +21,7 @@ from elision.denoise.policy import Claims, DenoiseMethod, Group, Host, Plan
 from elision.denoise.predictors import Reuse
 from elision.denoise.schedules import SiteSteps
 from elision.denoise.sites import Site
-from elision.hooks.diffusers import unwrap
+from elision.hooks.diffusers import inspect_target, unwrap
 from elision.method import option
 from elision.profile import Profile, fingerprint
 
@@ -57,7 +57,7 @@ def _with_profile(lab: Lab, steps: int, *methods: BAC) -> None:
 
 
 def _sites(lab: Lab) -> tuple[Host, list[Site]]:
-    model = unwrap(lab.subject.pipe.transformer)
+    model = unwrap(inspect_target(lab.subject.pipe).denoisers[0])
     host = Host(model, adapter_for(model))
     return host, host.site("branch", "bac")
 
@@ -188,6 +188,9 @@ def error_surge(lab: Lab, steps: int) -> Iterator[Measured]:
     """Without union, on the latents of uncached runs."""
     for m, _, alone, _ in _arms(lab, steps):
         rows = [surge(lab, alone, steps, seed) for seed in lab.seeds]
+        if min(map(len, rows)) < 3:
+            yield Measured(f"M = {m}", None, "fewer than 3 updates of an MLP had a stale branch above them")
+            continue
         r = [float(np.corrcoef(np.array(pairs).T)[0, 1]) for pairs in rows]
         yield Measured(f"M = {m}", stats.mean(r), f"{len(rows[0])} pairs per seed")
 

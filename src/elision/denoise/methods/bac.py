@@ -37,8 +37,9 @@ length warns, and steps beyond the profile's are computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -189,17 +190,11 @@ class BAC(DenoiseMethod):
     def plan(self, host: Host, profile: Profile | None) -> Plan:
         """One set of update steps per branch; the last output stands in."""
         sites = host.site("branch", self.name)
-
-        def schedule() -> Schedule:
-            return Interval(self.interval)
-
-        if profile is not None and self.schedule != "uniform":
-            steps, k = self.steps_of(host, sites, profile), int(profile.facts["steps"])
-
-            def schedule() -> Schedule:
-                return _UpdateSteps(steps, k)
-
-        return Plan([Group(self.name, sites, schedule, Reuse)], Claims(frozenset(sites)))
+        make: Callable[[], Schedule] = partial(Interval, self.interval)
+        if self.schedule != "uniform":
+            assert profile is not None
+            make = partial(_UpdateSteps, self.steps_of(host, sites, profile), int(profile.facts["steps"]))
+        return Plan([Group(self.name, sites, make, Reuse)], Claims(frozenset(sites)))
 
     def steps_of(self, host: Host, sites: Sequence[Site], profile: Profile) -> dict[str, set[int]]:
         """The update steps of every branch: scheduler, union, forced steps; those of the profile if it lists them."""

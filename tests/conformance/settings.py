@@ -5,7 +5,9 @@ A method that is registered and missing here fails `test_every_method_is_declare
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import elision
 from elision.denoise.engine import DenoiseApplied
 from elision.denoise.report import DenoiseReport
 from elision.method import create, find
+from elision.profile import Profile, fingerprint
 from tests.models import KINDS, Loop
 
 Options = dict[str, Any]
@@ -23,12 +26,18 @@ STEPS = 8  # of every run, unless a test says otherwise
 
 # At these settings every step is computed and the output equals the uncached one bit for bit.
 LIMITS: dict[str, list[Options]] = {
+    "bac": [{"schedule": "uniform", "interval": 1}, {"num_caches": STEPS}],
     "easycache": [
         {"threshold": 0.0, "warmup_steps": 0, "tail_steps": 0},
         {"threshold": 1e9, "warmup_steps": STEPS},
         {"threshold": 0.0, "variant": "comfyui", "start": 0.0, "end": 1.0},
     ],
     "first_block": [{"threshold": 0.0}, {"threshold": 1e9, "warmup_steps": STEPS}],
+    "profilingdit": [
+        {"blocks": (1,), "warmup_steps": 1, "schedule": "uniform", "interval": 1},
+        {"blocks": (1,), "warmup_steps": STEPS, "schedule": "uniform"},
+        {"warmup_steps": 2, "refresh": tuple(range(2, STEPS))},
+    ],
     "random_skip": [{"rate": 0.0}, {"rate": 1.0, "warmup_steps": STEPS}],
     "stale": [{"interval": 1}, {"interval": 99, "warmup_steps": STEPS}],
     "taylorseer": [
@@ -49,11 +58,21 @@ LIMITS: dict[str, list[Options]] = {
 
 # At these settings some steps are computed and some are not, on every tiny model.
 ACTIVE: dict[str, list[Options]] = {
+    "bac": [
+        {"num_caches": 3, "union_blocks": 2},
+        {"num_caches": 3, "schedule": "shared"},
+        {"schedule": "uniform", "interval": 3},
+    ],
     "easycache": [
         {"threshold": 0.6, "warmup_steps": 2},
         {"threshold": 1.2, "variant": "comfyui", "start": 0.25, "end": 0.9, "subsample": 2},
     ],
     "first_block": [{"threshold": 1.5, "max_consecutive": 2}],
+    "profilingdit": [
+        {"warmup_steps": 2, "schedule": "uniform", "interval": 3},
+        {"blocks": (0, 1), "warmup_steps": 1, "refresh": (1, 4)},
+        {"blocks": (1,), "warmup_steps": 2, "schedule": "formula", "longest": 4, "shortest": 1},
+    ],
     "random_skip": [{"rate": 0.5, "seed": 3}],
     "stale": [{"interval": 3}],
     "taylorseer": [
@@ -106,9 +125,27 @@ def impossible(table: dict[str, list[Options]]) -> list[Any]:
     ]
 
 
-def apply(loop: Any, method: str, options: Options, **settings: Any) -> DenoiseApplied:
-    """`elision.apply`, typed for the denoise family."""
-    applied = elision.apply(loop, method, **settings, **options)
+@functools.cache
+def _fitted(kind: str, method: str, options: tuple[tuple[str, Any], ...]) -> Profile:
+    """What `fit` learns from one run of a fresh model of this kind."""
+    return elision.fit(Loop(kind), method, calls=[{"steps": STEPS, "mode": "batched"}], **dict(options))
+
+
+def profile_for(loop: Any, method: str, options: Options, bare: bool = False) -> Profile | None:
+    """A profile for this very loop, where the method wants one at these options."""
+    if not create(method, **options).wants_profile:
+        return None
+    kind = next(name for name, about in KINDS.items() if about == loop.kind)
+    here = fingerprint(method, loop.model, None if bare else loop.scheduler)
+    if not possible(method, options, kind):
+        return Profile(here)
+    return replace(_fitted(kind, method, tuple(options.items())), fingerprint=here)
+
+
+def apply(loop: Any, method: str, options: Options, bare: bool = False, **settings: Any) -> DenoiseApplied:
+    """`elision.apply`, typed for the denoise family, with a profile where one is wanted; `bare`: on the denoiser."""
+    settings.setdefault("profile", profile_for(loop, method, options, bare))
+    applied = elision.apply(loop.model if bare else loop, method, **settings, **options)
     assert isinstance(applied, DenoiseApplied)
     return applied
 
@@ -146,5 +183,6 @@ __all__ = [
     "known_methods",
     "label",
     "possible",
+    "profile_for",
     "strip",
 ]

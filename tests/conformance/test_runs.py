@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import elision
 from elision.denoise.engine import DenoiseApplied
 from elision.errors import ElisionWarning
 from tests.conformance.settings import ACTIVE, DECIDE_PER_BRANCH, STEPS, Options, apply, cached, cases
@@ -194,11 +193,7 @@ def test_a_call_that_raised_can_be_tried_again(bare: bool, broken: tuple[Loop, d
 
 
 def _applied(loop: Loop, method: str, options: Options, bare: bool) -> DenoiseApplied:
-    if not bare:
-        return apply(loop, method, options)
-    applied = elision.apply(loop.model, method, steps=STEPS, **options)
-    assert isinstance(applied, DenoiseApplied)
-    return applied
+    return apply(loop, method, options, bare, **({"steps": STEPS} if bare else {}))
 
 
 @pytest.mark.parametrize(("method", "options", "kind"), cases(ACTIVE, ("dit", "flux", "unet")))
@@ -206,12 +201,12 @@ def _applied(loop: Loop, method: str, options: Options, bare: bool) -> DenoiseAp
 def test_one_step_twice(method: str, options: Options, kind: str, bare: bool) -> None:
     loop = Loop(kind)
     plain = [loop(seed=s, steps=1) for s in (1, 2)]
-    applied = elision.apply(loop.model, method, steps=1, **options) if bare else apply(loop, method, options)
+    applied = apply(loop, method, options, bare, **({"steps": 1} if bare else {}))
     with applied:
         out = [loop(seed=s, steps=1) for s in (1, 2)]
     for a, b in zip(plain, out, strict=True):
         assert torch.equal(a, b)
-    assert applied.report().run_count == 2  # type: ignore[attr-defined]
+    assert applied.report().run_count == 2
 
 
 @pytest.mark.parametrize(("method", "options", "kind"), cases(ACTIVE, ("flux", "pixart")))

@@ -12,7 +12,7 @@ from torch import Tensor
 import elision
 from elision.denoise.policy import DenoiseMethod, Host
 from elision.method import create
-from tests.conformance.settings import Options, apply
+from tests.conformance.settings import ACTIVE, Options, apply, profile_for
 from tests.models import Loop
 
 pytestmark = pytest.mark.filterwarnings("ignore::elision.errors.ElisionWarning")
@@ -31,6 +31,9 @@ RULES: list[tuple[str, Options]] = [
     ("taylorseer", {"interval": 2, "first_enhance": 2}),
     ("stale", {"interval": 2}),
     ("random_skip", {"rate": 0.5, "warmup_steps": 4}),
+    ("bac", {"num_caches": 4, "union_blocks": 1}),
+    ("bac", {"schedule": "uniform", "interval": 2}),
+    ("profilingdit", {"blocks": (1, 2), "warmup_steps": 1, "schedule": "uniform", "interval": 2}),
 ]
 
 
@@ -42,9 +45,11 @@ def test_every_method_that_reads_a_statistic_is_here() -> None:
     host = Host(loop.model, adapter_for(loop.model), loop.scheduler)
     listening = set()
     for row in elision.methods("denoise"):
-        method = create(row.name)
+        options = ACTIVE[row.name][0]
+        method = create(row.name, **options)
         assert isinstance(method, DenoiseMethod)
-        if any(group.schedule().listens for group in method.plan(host, None).groups):
+        plan = method.plan(host, profile_for(loop, row.name, options))
+        if any(group.schedule().listens for group in plan.groups):
             listening.add(row.name)
     assert listening == {name for name, _ in CRITERIA}
     assert {row.name for row in elision.methods("denoise")} - listening == {name for name, _ in RULES}

@@ -150,7 +150,7 @@ class DenoiseApplied(Applied):
         if isinstance(given, Mapping):
             given = given.get(method.name)
         if given is None:
-            if method.needs_profile:
+            if method.wants_profile:
                 raise ProfileError(
                     f"{method.name} needs a profile: make one with elision.fit(target, {method.name!r}, calls=...) "
                     "and pass it as profile="

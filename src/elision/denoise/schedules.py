@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from elision.denoise.steps import Step
 
 WARMUP, TAIL = Decision(False, "warm-up"), Decision(False, "last steps")
 INTERVAL = Decision(False, "interval over")
-LISTED = Decision(False, "listed step")
+LISTED, UNLISTED = Decision(False, "listed step"), Decision(False, "outside the list")
 
 
 class Interval(Schedule):
@@ -63,16 +64,26 @@ class Steps(Schedule):
 
 
 class SiteSteps(Schedule):
-    """Compute every site at its own list of steps (BAC's per-branch update steps)."""
+    """Compute every site at its own list of steps (BAC's per-branch update steps).
+
+    A site without steps is always computed, one whose list starts late is computed until then, and from step `until` on
+    all are.
+    """
 
     scope: ClassVar[Literal["step", "branch", "site"]] = "site"
 
-    def __init__(self, computed: dict[str, Iterable[int]]) -> None:
+    def __init__(self, computed: Mapping[str, Iterable[int]], until: int | None = None) -> None:
         self.computed = {key: frozenset(steps) for key, steps in computed.items()}
+        self.until = until
 
     def decide(self, step: Step, site: Site, call: Call) -> Decision:
         """Listed or not, for this site."""
-        return LISTED if step.n in self.computed[site.key] else STAND_IN
+        mine = self.computed[site.key]
+        if step.n in mine:
+            return LISTED
+        if not mine or step.n < min(mine) or (self.until is not None and step.n >= self.until):
+            return UNLISTED
+        return STAND_IN
 
 
 class Random(Schedule):
@@ -202,3 +213,63 @@ class PerBranch(Schedule):
     def notes(self) -> Iterable[str]:
         """The notes of every branch."""
         return [note for part in self._parts.values() for note in part.notes()]
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """When something kept is renewed, from step `start` on (ProfilingDiT).
+
+    Attributes:
+        kind: "list", "uniform" or "formula".
+        start: s0.
+        steps: the list.
+        interval: of "uniform".
+        ends: T_max and T_min of "formula".
+    """
+
+    kind: Literal["list", "uniform", "formula"]
+    start: int
+    steps: tuple[int, ...] = ()
+    interval: int = 1
+    ends: tuple[float, float] = (1.0, 1.0)
+
+    def due(self, n: int, total: int | None) -> bool:
+        """Whether step `n` of `total` is a refresh step."""
+        if self.kind == "list":
+            return n in self.steps
+        if self.kind == "uniform":
+            return (n - self.start) % self.interval == 0
+        assert total is not None
+        return n in shrinking(self.start, total, *self.ends)
+
+
+def interval_at(s: int, start: int, total: int, longest: float, shortest: float) -> float:
+    """ProfilingDiT's T_s: `longest` at step `start`, `shortest` at step `total`, linear in between."""
+    return longest - (longest - shortest) * (s - start) / (total - start)
+
+
+def shrinking(start: int, total: int, longest: float, shortest: float) -> list[int]:
+    """Refresh steps `start, ..., s, s + round(T_s), ...` below `total`; halves round to even, at least one step on."""
+    steps, s = [], start
+    while s < total:
+        steps.append(s)
+        s += max(1, round(interval_at(s, start, total, longest, shortest)))
+    return steps
+
+
+class Refreshed(Schedule):
+    """Compute all until `start`, then every site at the refresh steps of its own rule."""
+
+    scope: ClassVar[Literal["step", "branch", "site"]] = "site"
+
+    def __init__(self, rules: Mapping[str, Refresh]) -> None:
+        self.rules = rules
+
+    def decide(self, step: Step, site: Site, call: Call) -> Decision:
+        """Early, due, or stand in."""
+        rule = self.rules[site.key]
+        if step.n < rule.start:
+            return WARMUP
+        if rule.due(step.n, step.total):
+            return LISTED if rule.kind == "list" else INTERVAL
+        return STAND_IN

@@ -51,6 +51,7 @@ class Adapter:
         blocks: what the block classes look like.
         head: the module that ends the denoiser; what follows it only reshapes.
         image: the stream that the head reads.
+        joint: which tokens come first where attention joins image and text.
         batched: which half of a call that carries both guidance branches is conditional, in diffusers' pipelines.
         modulated: the input of the first block after its own modulation (TeaCache's indicator).
         known: False for the generic adapter.
@@ -63,6 +64,7 @@ class Adapter:
     blocks: Mapping[str, BlockSpec] = field(default_factory=dict)
     head: str | None = None
     image: str = "hidden_states"
+    joint: Literal["text first", "image first"] = "text first"
     batched: Literal["uncond first", "cond first"] = "uncond first"
     modulated: Modulated | None = None
     known: bool = True

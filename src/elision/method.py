@@ -64,6 +64,11 @@ class Method(ABC):
         for f in dataclasses.fields(self):
             _check(self, f)
 
+    @property
+    def wants_profile(self) -> bool:
+        """Whether a profile is needed with these options; some methods can be told by hand what a profile says."""
+        return self.needs_profile
+
     @classmethod
     @abstractmethod
     def attach(cls, target: Any, methods: Sequence[Method], **settings: Any) -> Applied:

@@ -1,10 +1,10 @@
 """ERTACache's offline part: simulated cached runs that find the skip list, the step factors and the corrections.
 
 In a simulated run the network is called at every step, so that the error of a skipped step is known, but where a step
-is listed the sampler continues with the cached output. All runs of a pass share one list, and each pass measures the
-list that the next one follows: the list up to the first step at which the two differ is right, because errors depend
-on earlier decisions alone. When a pass measures the list that it followed, that list is the one that deciding step by
-step, on all runs at once, would have given. It takes at most as many passes as there are steps, usually two or three.
+is listed the sampler continues with the cached output. All runs of a pass share one list, and the pass measures which
+steps would be listed. Errors depend on earlier decisions alone, so the two agree up to some step, and what was measured
+there is right as well. When they agree everywhere, the list is the one that deciding step by step, on all runs at once,
+would have given. Where they do not, the first run goes on from there by its own decisions, which is a good guess.
 """
 
 from __future__ import annotations
@@ -67,6 +67,10 @@ def l1(x: Tensor) -> float:
 class Simulation:
     """One pass over calibration runs in which the listed steps continue with the cached output.
 
+    Args:
+        reused: the list.
+        own: adds a step to the list, given its error; for guesses from a single run.
+
     Attributes:
         errors: |v~ - v|_1 of the conditional branch, per run and step.
         changes: |v_i - v_(i-1)|_1 likewise.
@@ -74,8 +78,9 @@ class Simulation:
         moments: of the cached outputs, by ("cond" or "rest", step).
     """
 
-    def __init__(self, reused: frozenset[int]) -> None:
-        self._reused = reused
+    def __init__(self, reused: frozenset[int], own: Callable[[int, float], bool] | None = None) -> None:
+        self.reused = reused
+        self._own = own
         self.errors: list[dict[int, float]] = []
         self.changes: list[dict[int, float]] = []
         self.norms: list[dict[int, float]] = []
@@ -99,7 +104,9 @@ class Simulation:
             self._measure(step, x, out, cached)
         if cached is not None:
             self._sum(step, cached, out)
-            if step.n in self._reused:
+            if step.leads and self._own is not None and self._own(step.n, self.errors[-1][step.n]):
+                self.reused |= {step.n}
+            if step.n in self.reused:
                 return cached
         kept.observe(step, x, _NO_CALL, out.clone(), True)
         return out
@@ -157,15 +164,27 @@ class _Search:
         mean = relative.mean(0).tolist()
         return frozenset(n for n in range(self.method.warmup_steps, last) if mean[n] < self.method.threshold)
 
-    def search(self, guess: frozenset[int], only: int | None = None) -> tuple[frozenset[int], Tensor, int]:
+    def search(self, only: int | None = None) -> tuple[frozenset[int], Tensor, int]:
         """The list, the relative errors along it, and the number of passes that it took."""
-        reused, passes = guess, 0
+        reused, passes = self.guess(frozenset(), -1, only or 0), 0
         while True:
             relative, passes = self.relative(self.simulate(reused, only), only), passes + 1
             found = self.below(relative)
             if found == reused:
                 return reused, relative, passes
-            reused = found
+            reused = self.guess(found, min(found ^ reused), only or 0)
+
+    def guess(self, right: frozenset[int], until: int, number: int) -> frozenset[int]:
+        """A list that is `right` up to step `until`, and what one run decides by itself after it."""
+        norms = self.norms[number]
+        allowed = range(max(self.method.warmup_steps, until + 1), self.total - self.method.tail_steps)
+
+        def own(n: int, error: float) -> bool:
+            return n in allowed and error < self.method.threshold * norms[n]
+
+        simulation = Simulation(frozenset(n for n in right if n <= until), own)
+        rewrite(self.target, self.calls[number : number + 1], simulation.change, first=number)
+        return simulation.reused
 
 
 def calibrate(method: ERTACache, target: Any, calls: Sequence[Any]) -> Profile:
@@ -179,15 +198,14 @@ def calibrate(method: ERTACache, target: Any, calls: Sequence[Any]) -> Profile:
     rewrite(target, calls, uncached.change)
     total = _total(uncached, len(calls))
     work = _Search(method, target, calls, uncached.norms, total)
-    guess = work.below(work.relative(uncached))
     if method.reused is not None:
         last = total - method.tail_steps
         reused = frozenset(n for n in method.reused if method.warmup_steps <= n < last)
         relative, passes = work.relative(work.simulate(reused)), 0
     elif method.pool == "together":
-        reused, relative, passes = work.search(guess)
+        reused, relative, passes = work.search()
     else:
-        alone = [work.search(guess, only) for only in range(len(calls))]
+        alone = [work.search(only) for only in range(len(calls))]
         relative, passes = torch.cat([row for _, row, _ in alone]), max(p for *_, p in alone)
         reused = work.below(relative)
     measured = work.simulate(reused)

@@ -150,7 +150,7 @@ class ERTACache(DenoiseMethod):
     feed: Literal["reached", "nominal"] = option(
         "reached", "the time that the network is told under (b)", choices=("reached", "nominal")
     )
-    max_frozen: int = option(1, "most skipped steps in a row with a factor of about 0", ge=0)
+    max_frozen: int = option(3, "most skipped steps in a row with a factor of about 0", ge=0)
     rectify: Literal["linear", "sigmoid", "off"] = option(
         "linear", "(c) how the error is modelled", choices=("linear", "sigmoid", "off")
     )

@@ -35,7 +35,7 @@ def cases(slug: str) -> dict[str, Case]:
         c["name"]: Case(
             c["name"],
             c["options"],
-            c["expected"],
+            c.get("expected", {}),
             {k.removeprefix(c["name"] + "/"): v for k, v in tensors.items() if k.startswith(c["name"] + "/")},
             c.get("tolerance", {"rtol": 1e-5, "atol": 1e-6}),
         )

@@ -20,12 +20,15 @@ from elision.denoise.methods.ertacache import ERTACache, StepSizes, bounded
 from elision.denoise.steps import Step
 from elision.errors import OptionError, ProfileError, ProfileMismatch, UnsupportedTarget
 from elision.profile import Profile
-from tests.models import Loop, changed, draw, snapshot
+from tests.models import KINDS, Loop, changed, draw, snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore::elision.errors.ElisionWarning")
 T = 8
 KEPT = ("flux", "sd3", "dit", "pixart", "wan", "wan_i2v", "unet")
 PLAIN: dict[str, Any] = {"adjust": False, "rectify": "off"}
+# `fit` names no branches, so classes without `cache_context` are fitted with guidance in one call, which gives the
+# same; without an adapter nothing tells which rows of that call are conditional
+FIT_MODE = {"flux": "sequential", "wan": "sequential", "wan_i2v": "sequential", "unet": "distilled"}
 
 
 def run(loop: Any, profile: Profile | None = None, options: dict[str, Any] | None = None, **how: Any) -> Any:
@@ -35,7 +38,9 @@ def run(loop: Any, profile: Profile | None = None, options: dict[str, Any] | Non
     return out, applied.report()
 
 
-def fit(loop: Any, seeds: tuple[int, ...] = (5, 6), mode: str = "sequential", **options: Any) -> Profile:
+def fit(loop: Any, seeds: tuple[int, ...] = (5, 6), mode: str | None = None, **options: Any) -> Profile:
+    kind = next(name for name, about in KINDS.items() if about == loop.kind)
+    mode = mode or FIT_MODE.get(kind, "batched")
     calls = [{"seed": s, "steps": T, "mode": mode} for s in seeds]
     return elision.fit(loop, "ertacache", calls=calls, **options)
 
@@ -248,11 +253,11 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-def by_hand(loop: Loop, profile: Profile, options: dict[str, Any]) -> Tensor:
+def by_hand(loop: Loop, profile: Profile, options: dict[str, Any], mode: str) -> Tensor:
     """The method as its algorithm box has it."""
     o = ERTACache(**options)
     reused = profile.tensors["reused"].tolist()
-    hand, reached = Hand(loop, 0), 1.0
+    hand, reached = Hand(loop, 0, mode), 1.0
     for n in range(T):
         here, following = hand.sigmas[n], hand.sigmas[n + 1]
         if n not in reused:
@@ -285,12 +290,12 @@ def test_the_method_equals_its_algorithm_box(kind: str) -> None:
         phi[n] = 0.35 + 0.05 * n
     profile = Profile(profile.fingerprint, {**profile.tensors, "phi": phi}, profile.facts)
     assert 0 < len(profile.tensors["reused"]) < T - 1
-    outs = []
+    outs, mode = [], "distilled" if kind == "unet" else "sequential"
     for options in SETTINGS:
-        out, report = run(loop, profile, options, mode="sequential")
-        want = by_hand(loop, profile, options)
+        out, report = run(loop, profile, options, mode=mode)
+        want = by_hand(loop, profile, options, mode)
         torch.testing.assert_close(out, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()), msg=f"{options}")
-        assert report.outputs_stood_in == 2 * len(profile.tensors["reused"])
+        assert report.outputs_stood_in == len(profile.tensors["reused"]) * (2 if mode == "sequential" else 1)
         outs.append(out)
     assert all(not torch.allclose(a, outs[0], atol=1e-4) for a in outs[1:])
 
@@ -341,7 +346,7 @@ def test_a_field_with_a_constant_residual_is_cached_exactly() -> None:
         torch.testing.assert_close(profile.tensors["phi"], torch.ones(T).double(), rtol=0, atol=1e-5)
         K, B = profile.tensors["K.cond.scalar"], profile.tensors["B.cond.scalar"]
         assert (K.abs().max(), (B + 2).abs().max()) < (1e-5, 1e-5)
-        out, report = run(toy, profile)
+        out, report = run(toy, profile, seed=3)
         assert report.steps_predicted == len(reused)
         torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-4)
 
@@ -351,11 +356,11 @@ def test_a_linear_field_is_corrected_exactly() -> None:
     """v = c x: the error is (c - 1) (x_c - x_i), proportional to what is cached, so that least squares removes it."""
     c = -0.6
     toy = flow(lambda x: c * x)
-    plain, reused = toy(seed=3), (2, 3, 5)
+    plain, reused = toy(seed=3), (2, 5)  # K and B are measured uncorrected, so in a row it is not exact
     profile = elision.fit(toy, "ertacache", calls=[{"seed": 1}, {"seed": 2, "scale": 2.0}], reused=reused)
-    out, _ = run(toy, profile, {"adjust": False})
+    out, _ = run(toy, profile, {"adjust": False}, seed=3)
     torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-5)
-    uncorrected, _ = run(toy, profile, PLAIN)
+    uncorrected, _ = run(toy, profile, PLAIN, seed=3)
     assert (uncorrected - plain).abs().max() > 1e-2
     toy.scheduler.set_timesteps(T)
     s = [float(v) for v in toy.scheduler.sigmas]

@@ -32,6 +32,11 @@ LIMITS: dict[str, list[Options]] = {
         {"threshold": 1e9, "warmup_steps": STEPS},
         {"threshold": 0.0, "variant": "comfyui", "start": 0.0, "end": 1.0},
     ],
+    "ertacache": [
+        {"reused": (0, STEPS - 1), "adjust": False, "rectify": "off"},
+        {"reused": (1, 2, 3), "warmup_steps": STEPS, "adjust": False, "rectify": "off"},
+        {"reused": (1, 2, 5), "tail_steps": STEPS, "adjust": False, "rectify": "off"},
+    ],
     "first_block": [{"threshold": 0.0}, {"threshold": 1e9, "warmup_steps": STEPS}],
     "profilingdit": [
         {"blocks": (1,), "warmup_steps": 1, "schedule": "uniform", "interval": 1},
@@ -54,6 +59,12 @@ LIMITS: dict[str, list[Options]] = {
         {"interval": 1, "site": "model"},
         {"interval": 9, "warmup_steps": STEPS},
     ],
+    "worldcache": [
+        {"n_max": 0, "warmup_steps": 0},
+        {"threshold": 0.0, "warmup_steps": 3},
+        {"threshold": 1e9, "warmup_steps": STEPS},
+        {"threshold": 1e9, "warmup_steps": 3, "tail_steps": STEPS, "site": "model"},
+    ],
 }
 
 # At these settings some steps are computed and some are not, on every tiny model.
@@ -66,6 +77,11 @@ ACTIVE: dict[str, list[Options]] = {
     "easycache": [
         {"threshold": 0.6, "warmup_steps": 2},
         {"threshold": 1.2, "variant": "comfyui", "start": 0.25, "end": 0.9, "subsample": 2},
+    ],
+    "ertacache": [
+        {"reused": (2, 3, 5), "adjust": False, "rectify": "off"},
+        {"reused": (1, 3, 4, 6), "phi": 0.7, "rectify": "off"},
+        {"reused": (2, 3, 5), "phi": 0.3, "rectify": "off", "feed": "nominal"},
     ],
     "first_block": [{"threshold": 1.5, "max_consecutive": 2}],
     "profilingdit": [
@@ -84,6 +100,11 @@ ACTIVE: dict[str, list[Options]] = {
     ],
     "teacache": [{"threshold": 0.5}],
     "uniform": [{"interval": 3}, {"interval": 3, "site": "stack"}, {"interval": 3, "site": "model"}],
+    "worldcache": [
+        {"threshold": 1e9, "warmup_steps": 3, "n_max": 2, "stable": 0.0, "chaotic": 0.0},
+        {"threshold": 1.0, "warmup_steps": 3, "n_max": 2},
+        {"threshold": 1e9, "warmup_steps": 2, "n_max": 3, "site": "model", "drift": "chaotic"},
+    ],
 }
 
 # Methods whose branches decide by themselves: guidance in one call then is another decision than in two.
@@ -96,6 +117,11 @@ def possible(method: str, options: Options, kind: str) -> bool:
         return True
     wanted = options.get("site", create(method, **options).levels[0] if method != "uniform" else "branch")
     return bool(wanted == "model")
+
+
+def steers(options: Options) -> bool:
+    """Whether these options change the sampler's steps, which a bare denoiser does not have."""
+    return "phi" in options
 
 
 def label(method: str, options: Options) -> str:
@@ -184,5 +210,6 @@ __all__ = [
     "label",
     "possible",
     "profile_for",
+    "steers",
     "strip",
 ]

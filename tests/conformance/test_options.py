@@ -26,9 +26,11 @@ EDGES: dict[tuple[str, str], list[Any]] = {  # where a rule between options narr
 }
 UNRANGED: dict[tuple[str, str], tuple[Any, ...]] = {  # tuples of numbers, with what a rule of their own must refuse
     ("bac", "forced"): ("nope", ("a",), 3, (math.nan,), (1.5,)),
+    ("ertacache", "reused"): ("nope", (), ("a",), 3, (math.nan,), (-1,)),
     ("profilingdit", "blocks"): ("nope", ("a",), 3, (math.nan,), (-1,)),
     ("profilingdit", "refresh"): ("nope", (), ("a",), 3, (math.nan,), (-1,)),
     ("teacache", "coefficients"): ("nope", (), ("a",), 3, (math.nan,)),
+    ("worldcache", "modalities"): ("nope", (), ("a",), 3, (math.nan,), (0,)),
 }
 HELP: dict[tuple[str, str], dict[str, Any]] = {  # options without which another has no meaning
     ("bac", "interval"): {"schedule": "uniform"},

@@ -18,6 +18,8 @@ EXPECTED: dict[str, str] = {
     "easycache": r"accumulated estimate was [\d.e+-]+, against threshold=0",
     "first_block": r"smallest change was [\d.e+-]+, against threshold=0",
     "teacache": r"accumulated estimate was [\d.e+-]+, against threshold=0",
+    "ertacache": "6 listed step",
+    "worldcache": r"4 streak over.*largest drift was 0, against threshold=1",
     "uniform": "7 interval over",
     "stale": "7 interval over",
     "taylorseer": "5 interval over",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from elision.denoise.policy import STAND_IN, Decision, Schedule
 from elision.denoise.sites import Call, Site
 from elision.denoise.steps import Step
+from elision.errors import ProfileMismatch
 
 WARMUP, TAIL = Decision(False, "warm-up"), Decision(False, "last steps")
 INTERVAL = Decision(False, "interval over")
@@ -61,6 +62,50 @@ class Steps(Schedule):
         """A list that ends long before the run does."""
         inside = [n for n in self.computed if n < total]
         return None if inside else f"none of the listed steps lies in a run of {total} steps"
+
+
+class Skips(Schedule):
+    """Stand in exactly at the listed steps, outside of warm-up and tail.
+
+    Args:
+        skipped: the steps.
+        warmup: steps that are computed at the start whatever the list says, and
+        tail: at the end.
+        sigmas: noise levels of the grid that the list was made for (one more than its steps, NaN where unknown); runs
+            on another one are refused.
+    """
+
+    def __init__(
+        self, skipped: Iterable[int], warmup: int = 0, tail: int = 0, sigmas: Sequence[float] | None = None
+    ) -> None:
+        self.skipped = frozenset(skipped)
+        self.warmup = warmup
+        self.tail = tail
+        self.sigmas = sigmas
+
+    def decide(self, step: Step, site: Site, call: Call) -> Decision:
+        """Listed or not."""
+        if self.sigmas is not None:
+            self._check(step, self.sigmas)
+        if step.n < self.warmup:
+            return WARMUP
+        if step.total is not None and step.n >= step.total - self.tail:
+            return TAIL
+        return STAND_IN if step.n in self.skipped else LISTED
+
+    @staticmethod
+    def _check(step: Step, sigmas: Sequence[float]) -> None:
+        total = len(sigmas) - 1
+        if step.n >= total or step.total not in (None, total):
+            raise ProfileMismatch(
+                f"the profile is for runs of {total} steps, this one has {step.total or 'more'}: fit another"
+            )
+        there, here = sigmas[step.n], step.sigma
+        if here is not None and abs(there - here) > 1e-4 * max(1.0, abs(there)):  # never true of NaN
+            raise ProfileMismatch(
+                f"the profile has noise level {there:g} at step {step.n}, this run has {here:g} (another shift or "
+                "resolution, or image-to-image): fit another"
+            )
 
 
 class SiteSteps(Schedule):

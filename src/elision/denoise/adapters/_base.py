@@ -55,6 +55,8 @@ class Adapter:
         batched: which half of a call that carries both guidance branches is conditional, in diffusers' pipelines.
         modulated: the input of the first block after its own modulation (TeaCache's indicator).
         known: False for the generic adapter.
+        token_axes: arguments with an axis of image tokens, and that axis: what a call with live tokens alone must cut.
+            Empty where the denoiser cannot be called with some of its tokens.
     """
 
     model_class: str
@@ -68,6 +70,7 @@ class Adapter:
     batched: Literal["uncond first", "cond first"] = "uncond first"
     modulated: Modulated | None = None
     known: bool = True
+    token_axes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def levels(self) -> tuple[Level, ...]:

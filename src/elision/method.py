@@ -75,7 +75,7 @@ class Method(ABC):
         """Install `methods`, all of this family, on `target`."""
 
     def fit(self, target: Any, calls: Sequence[Any], **settings: Any) -> Profile:
-        """Run the offline part of the method; most have none."""
+        """Run the offline part of the method; most have none. `settings` are those of `elision.fit`, where given."""
         raise OptionError(f"{self.name} has no offline part: apply it directly, without a profile")
 
     @classmethod

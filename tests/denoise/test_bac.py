@@ -31,7 +31,7 @@ from elision.errors import ElisionWarning, OptionError, ProfileError, ProfileMis
 from elision.profile import Profile
 from tests.denoise.policy import TransformerForDiffusion, act, counts, policy
 from tests.golden import Case, cases
-from tests.models import KINDS, Loop
+from tests.models import KINDS, Loop, changed, snapshot
 
 GOLDEN = cases("bac")
 BLOCKED = [kind for kind, about in KINDS.items() if about.blocks]
@@ -509,3 +509,17 @@ def test_a_foreign_layer_class_is_refused_by_name() -> None:
     model.decoder.layers[1] = nn.Identity()
     with pytest.raises(UnsupportedTarget, match=r"decoder\.layers\.1 of TransformerForDiffusion is a Identity"):
         elision.apply(model, "bac", schedule="uniform")
+
+
+def test_a_policy_without_a_decoder_is_refused() -> None:
+    """The public class also builds encoder-only models, whose `decoder` is None."""
+    model = policy()
+    model.encoder, model.decoder = model.decoder, None  # type: ignore[assignment]
+    before = snapshot(model)
+    for name, options in (("bac", {"schedule": "uniform"}), ("uniform", {}), ("taylorseer", {"site": "head"})):
+        with pytest.raises(UnsupportedTarget, match=r"this TransformerForDiffusion is built without decoder\.layers"):
+            elision.apply(model, name, steps=12, **options)
+    with pytest.raises(UnsupportedTarget, match=r"built without decoder\.layers.*at the site 'model'"):
+        elision.fit(model, "bac", calls=[lambda m: act(m)])
+    assert changed(before, snapshot(model)) == []
+    elision.apply(model, "uniform", steps=12, site="model").remove()

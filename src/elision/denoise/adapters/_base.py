@@ -79,7 +79,17 @@ class Adapter:
 
     def block_paths(self, model: nn.Module) -> list[str]:
         """Paths of all blocks, in call order."""
-        return [f"{name}.{i}" for name in self.lists for i in range(len(model.get_submodule(name)))]  # type: ignore[arg-type]
+        return [f"{name}.{i}" for name, depth in self.depths(model).items() for i in range(depth)]
+
+    def depths(self, model: nn.Module) -> dict[str, int]:
+        """The number of blocks in each list; refuses models that are built without one."""
+        try:
+            return {name: len(model.get_submodule(name)) for name in self.lists}  # type: ignore[arg-type]
+        except AttributeError:
+            raise UnsupportedTarget(
+                f"this {type(model).__name__} is built without {' or '.join(self.lists)}, where its blocks should be "
+                "(an encoder-only variant?): use a method at the site 'model'"
+            ) from None
 
     def spec(self, model: nn.Module, path: str) -> BlockSpec:
         """What the block at `path` looks like; refuses classes that are not in the table."""

@@ -72,10 +72,13 @@ class _Recording(DenoiseApplied):
         del run, numbers
 
 
-def record(target: Any, level: Level, calls: Sequence[Any], seen: Seen) -> Target:
-    """Run `calls` on `target` and show every call of the sites of one level to `seen`; returns the target's parts."""
+def record(target: Any, level: Level, calls: Sequence[Any], seen: Seen, *, branches: Sequence[str] = ()) -> Target:
+    """Run `calls` on `target` and show every call of the sites of one level to `seen`; returns the target's parts.
+
+    `branches` are the guidance branches in the order of their calls, where the calls do not name them.
+    """
     found = inspect_target(target)
-    session = _Recording(found, [_Recorder(level, seen)])
+    session = _Recording(found, [_Recorder(level, seen)], branches=branches)
     with session:
         for call in calls:
             run_call(target, call)
@@ -83,7 +86,13 @@ def record(target: Any, level: Level, calls: Sequence[Any], seen: Seen) -> Targe
 
 
 def rewrite(
-    target: Any, calls: Sequence[Any], change: Change, *, first: int = 0, control: Callable[[], Control] | None = None
+    target: Any,
+    calls: Sequence[Any],
+    change: Change,
+    *,
+    first: int = 0,
+    control: Callable[[], Control] | None = None,
+    branches: Sequence[str] = (),
 ) -> Target:
     """Run `calls` on `target` with every output of its denoiser passed through `change`; returns the target's parts.
 
@@ -96,9 +105,10 @@ def rewrite(
         change: given the host, the step, the latent and the output, returns what the sampler gets instead.
         first: number of the first call.
         control: makes a control of the sampler's step sizes and of the network's time for each run.
+        branches: the guidance branches in the order of their calls, where the calls do not name them.
     """
     found = inspect_target(target)
-    session = _Recording(found, [_Recorder(steer=control)])
+    session = _Recording(found, [_Recorder(steer=control)], branches=branches)
     with session:
         taps = [tap_call(host.outer, _changing(host, change)) for host in session.hosts]
         try:

@@ -81,13 +81,13 @@ class _Features:
         return found
 
 
-def measure(method: BAC, target: Any, calls: Sequence[Any]) -> Profile:
+def measure(method: BAC, target: Any, calls: Sequence[Any], *, branches: Sequence[str] = ()) -> Profile:
     """Run `calls` uncached and make the profile; similarity and error are averaged over samples."""
     found = inspect_target(target)
     if len(found.denoisers) > 1:
         raise OptionError(f"bac: {found.name} has {len(found.denoisers)} denoisers: fit and apply each by itself")
     features = _Features(method.subsample)
-    record(target, "branch", calls, features.seen)
+    record(target, "branch", calls, features.seen, branches=branches)
     runs = features.runs()
     lengths = {len(x) for several in runs.values() for x in several}
     if len(lengths) != 1:

@@ -136,6 +136,7 @@ class _Search:
     calls: Sequence[Any]
     norms: list[dict[int, float]]
     total: int
+    branches: Sequence[str]
 
     def simulate(
         self, reused: frozenset[int], only: int | None = None, phi: dict[int, float] | None = None
@@ -146,7 +147,7 @@ class _Search:
         control: Callable[[], Control] | None = None
         if phi is not None:
             control = lambda: StepSizes(phi, self.method.feed == "reached", always=reused)  # noqa: E731
-        rewrite(self.target, calls, simulation.change, first=first, control=control)
+        rewrite(self.target, calls, simulation.change, first=first, control=control, branches=self.branches)
         return simulation
 
     def relative(self, simulation: Simulation, only: int | None = None) -> Tensor:
@@ -183,11 +184,12 @@ class _Search:
             return n in allowed and error < self.method.threshold * norms[n]
 
         simulation = Simulation(frozenset(n for n in right if n <= until), own)
-        rewrite(self.target, self.calls[number : number + 1], simulation.change, first=number)
+        calls = self.calls[number : number + 1]
+        rewrite(self.target, calls, simulation.change, first=number, branches=self.branches)
         return simulation.reused
 
 
-def calibrate(method: ERTACache, target: Any, calls: Sequence[Any]) -> Profile:
+def calibrate(method: ERTACache, target: Any, calls: Sequence[Any], *, branches: Sequence[str] = ()) -> Profile:
     """Make the profile of `method` on `target` from `calls`: list, step factors and corrections."""
     found = inspect_target(target)
     if len(found.denoisers) != 1:
@@ -195,9 +197,9 @@ def calibrate(method: ERTACache, target: Any, calls: Sequence[Any]) -> Profile:
             f"{found.name} has {len(found.denoisers)} denoisers, and a profile belongs to one: fit each by itself"
         )
     uncached = Simulation(frozenset())
-    rewrite(target, calls, uncached.change)
+    rewrite(target, calls, uncached.change, branches=branches)
     total = _total(uncached, len(calls))
-    work = _Search(method, target, calls, uncached.norms, total)
+    work = _Search(method, target, calls, uncached.norms, total, branches)
     if method.reused is not None:
         last = total - method.tail_steps
         reused = frozenset(n for n in method.reused if method.warmup_steps <= n < last)

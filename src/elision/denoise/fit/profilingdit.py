@@ -186,7 +186,7 @@ class _Ratios:
         return steps, table
 
 
-def measure(method: ProfilingDiT, target: Any, calls: Sequence[Any]) -> Profile:
+def measure(method: ProfilingDiT, target: Any, calls: Sequence[Any], *, branches: Sequence[str] = ()) -> Profile:
     """Run `calls` uncached and make the profile; a call may be `Masked`."""
     found = inspect_target(target)
     if len(found.denoisers) > 1:
@@ -201,7 +201,7 @@ def measure(method: ProfilingDiT, target: Any, calls: Sequence[Any]) -> Profile:
     try:
         for call in calls:
             ratios.known = call.foreground if isinstance(call, Masked) else None
-            record(target, "model", [call], ratios.seen)
+            record(target, "model", [call], ratios.seen, branches=branches)
     finally:
         watch.remove()
     steps, table = ratios.table()

@@ -226,4 +226,4 @@ class BAC(DenoiseMethod):
         """Measure similarity and error of every branch in uncached runs of `calls`."""
         from elision.denoise.fit.bac import measure  # the recorder imports the engine
 
-        return measure(self, target, calls)
+        return measure(self, target, calls, **settings)

@@ -225,4 +225,4 @@ class ERTACache(DenoiseMethod):
         """Find the list, the step factors and the corrections on runs of `calls`."""
         from elision.denoise.fit.ertacache import calibrate  # it imports the engine
 
-        return calibrate(self, target, calls)
+        return calibrate(self, target, calls, **settings)

@@ -178,7 +178,7 @@ class ProfilingDiT(DenoiseMethod):
 
     def runs(self, host: Host, profile: Profile | None) -> Iterator[tuple[int, int, Refresh]]:
         """The runs of cached blocks, counted over all lists, and when each is renewed."""
-        depths = [len(host.model.get_submodule(name)) for name in host.adapter.lists]  # type: ignore[arg-type]
+        depths = list(host.adapter.depths(host.model).values())
         parts = PRESETS[self.preset] if self.preset else self._parts(depths, profile)
         if [part.depth for part in parts] != depths:
             wanted = "+".join(str(part.depth) for part in parts)
@@ -229,4 +229,4 @@ class ProfilingDiT(DenoiseMethod):
         """Profile the attention of every block in uncached runs of `calls`."""
         from elision.denoise.fit.profilingdit import measure  # the recorder imports the engine
 
-        return measure(self, target, calls)
+        return measure(self, target, calls, **settings)

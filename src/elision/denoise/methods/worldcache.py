@@ -47,6 +47,7 @@ from elision.profile import Profile
 Groups = Literal["curvature", "random", "stable", "linear", "chaotic"]
 STABLE, LINEAR, CHAOTIC = 0, 1, 2
 NO_CURVATURE, DRIFT, STREAK = Decision(False, "no curvature"), Decision(False, "drift"), Decision(False, "streak over")
+NOT_FINITE = Decision(False, "not finite")
 
 
 def curvature(v0: Tensor, v1: Tensor, gap: int, eps: float) -> Tensor:
@@ -107,9 +108,10 @@ class WorldState(Schedule, Predictor):
         self.largest = 0.0
         self._open: list[Tensor] = []  # sum of drifts and number of tokens, of every branch of the last stand-in
         self._last_full = -1
+        self._notes: list[str] = []
 
     def decide(self, step: Step, site: Site, call: Call) -> Decision:
-        """Warm-up, tail, no curvature yet, drift, or streak over; otherwise stand in."""
+        """Warm-up, tail, no curvature yet, drift, streak over, or nothing finite to go on; otherwise stand in."""
         self._close()
         decision = self._decide(step)
         if not decision.stand_in:
@@ -121,11 +123,18 @@ class WorldState(Schedule, Predictor):
             return WARMUP
         if step.total is not None and step.n >= step.total - self.m.tail_steps:
             return TAIL
-        if all(branch.kappa is None for branch in self.branches.values()):
+        known = [branch.kappa for branch in self.branches.values() if branch.kappa is not None]
+        if not known:
             return NO_CURVATURE
         if not self.drift < self.m.threshold:
             return DRIFT
-        return STREAK if step.n - self._last_full > self.m.n_max else STAND_IN
+        if step.n - self._last_full > self.m.n_max:
+            return STREAK
+        # one output that is not finite spoils both slopes it is part of, and their curvature
+        if not torch.stack([torch.isfinite(kappa).all() for kappa in known]).all():
+            self._notes.append(f"step {step.n}: the curvature is not finite, so the step was computed")
+            return NOT_FINITE
+        return STAND_IN
 
     def _close(self) -> None:
         """Add the drift of the last stand-in over all branches."""
@@ -188,6 +197,10 @@ class WorldState(Schedule, Predictor):
         """Output, slopes, curvature and groups of every branch."""
         kept = [t for b in self.branches.values() for t in (b.last, *b.slopes, b.kappa, b.group)]
         return [t for t in kept if t is not None]
+
+    def notes(self) -> Iterable[str]:
+        """Steps at which the curvature was not finite."""
+        return self._notes
 
     def numbers(self) -> str:
         """The largest drift."""

@@ -14,6 +14,7 @@ import elision
 from elision.errors import OptionError
 from elision.kv.store import LayerStore
 from elision.session import storage_bytes
+from tests.kv.models import ARCHITECTURES, prompts, tiny
 from tests.kv.settings import ACTIVE, PACKS, Options, cases, label
 
 every_setting = [(name, options) for name, options in cases(ACTIVE) if name in PACKS]
@@ -207,7 +208,31 @@ def test_bad_options(model: Any) -> None:
         ("mikv", {"lo_bits": "drop", "hi_bits": 8}, "lo_bits='drop' needs hi_bits=16"),
         ("mikv", {"lo_bits": 8, "hi_bits": 4}, "lo_bits=8 is more than hi_bits=4"),
         ("mikv", {"ratio": 1.5}, "ratio=1.5"),
+        ("mikv", {"group": 6}, "group=6 does not divide the head dimension 16"),
         ("uniform_rtn", {"bits": 5}, "bits=5"),
+        ("uniform_rtn", {"value_group": 5}, "value_group=5 does not divide the head dimension 16"),
     ]:
         with pytest.raises(OptionError, match=words):
             elision.apply(model, name, **options)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("zipcache", {"gap": 3}), ("mikv", {"ratio": 0.3}), ("uniform_rtn", {"residual": 5, "group": 4})],
+)
+def test_every_architecture(architecture: str, name: str, options: Options) -> None:
+    """Full-attention layers are packed; the first token is the full cache's; nothing is evicted; removal is exact."""
+    model = tiny(architecture)
+    ids, mask = prompts([30, 21])
+    kwargs: dict[str, Any] = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
+    plain = model.generate(ids, attention_mask=mask, **kwargs)
+    with elision.apply(model, name, **options) as run:
+        packed = model.generate(ids, attention_mask=mask, **kwargs)
+        report = run.report()
+    torch.testing.assert_close(packed.logits[0], plain.logits[0], atol=1e-5, rtol=0)
+    assert all(x.isfinite().all() for x in packed.logits)
+    assert min(report.demoted.values()) > 0
+    assert sum(report.evicted.values()) == 0
+    again = model.generate(ids, attention_mask=mask, **kwargs)
+    assert torch.equal(again.sequences, plain.sequences)

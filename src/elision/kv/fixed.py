@@ -120,7 +120,10 @@ class FixedSlot:
         if not any(isinstance(x, Tensor) for x in (due, point, n)):
             point = n - due + 1 + point if point < 0 else point
             point = max(min(point, n - due), 0)
-            low, high = (places.kthvalue(i, -1, keepdim=True).values for i in (point + 1, point + due))
+            low = places.kthvalue(point + 1, -1, keepdim=True).values
+            if due == 1:
+                return (places != low).float()
+            high = places.kthvalue(point + due, -1, keepdim=True).values
         else:
             valid = store.valid()
             device = places.device

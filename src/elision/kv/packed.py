@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from elision.errors import OptionError
 from elision.kv.store import MapBatch, Slots
 from elision.tensors.packing import Grid, Packed, dequantize, quantize
 
@@ -121,6 +123,20 @@ def side_by_side(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def real_elements(valid: Tensor | None, x: Tensor) -> Tensor | None:
+    """`valid` [B, G or 1, n] for every element of `x` [B, G, n, D] side by side."""
+    return None if valid is None else side_by_side(valid[..., None].expand_as(x))
+
+
+def check_group(method: str, option: str, group: int | None, config: Any) -> None:
+    """Raise unless the head dimension of a model, where its configuration tells it, divides into groups."""
+    d = getattr(config, "head_dim", None)
+    if d is None and getattr(config, "num_attention_heads", None):
+        d = config.hidden_size // config.num_attention_heads
+    if group and d and d % group:
+        raise OptionError(f"{method}: {option}={group} does not divide the head dimension {d}: use a divisor of it")
+
+
 class ListTier:
     """One fixed list of tokens per head, packed with the heads side by side (ZipCache).
 
@@ -148,9 +164,8 @@ class ListTier:
     ) -> None:
         self.meta = Slots()
         self.meta.append(**({"pos": pos} if valid is None else {"pos": pos, "valid": valid}))
-        real = None if valid is None else side_by_side(valid[..., None].expand(*valid.shape, k.shape[-1]))
-        self.values = quantize(side_by_side(v), values, valid=real, scale=scale)
-        rows = side_by_side(k)
+        self.values = quantize(side_by_side(v), values, valid=real_elements(valid, v), scale=scale)
+        rows, real = side_by_side(k), real_elements(valid, k)
         if not shared:
             self.keys = quantize(rows, keys, valid=real)
             return

@@ -34,7 +34,7 @@ from elision.errors import OptionError
 from elision.kv.budgets import Even
 from elision.kv.classes import List, Tokens, counted, every, partition, picked
 from elision.kv.method import KVHost, KVMethod
-from elision.kv.packed import RowTier
+from elision.kv.packed import RowTier, check_group
 from elision.kv.parts import Call, Keep, Rule
 from elision.kv.scorers import ColumnSums
 from elision.kv.store import LayerStore
@@ -211,5 +211,6 @@ class MiKV(KVMethod):
 
     def rules(self, host: KVHost) -> Sequence[Rule]:
         """One rule: demote after every call but inside a prompt."""
+        check_group(self.name, "group", self.group, host.config)
         budget = Even(lambda call: share(self.ratio, call.lengths), growing=self.size == "ratio")
         return (Rule(lambda call: call.phase != "prompt_chunk", Balanced("sum"), budget, Demote(self)),)

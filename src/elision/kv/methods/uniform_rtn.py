@@ -20,7 +20,7 @@ from torch import Tensor
 from elision.kv.budgets import Even
 from elision.kv.classes import every, picked
 from elision.kv.method import KVHost, KVMethod
-from elision.kv.packed import RowTier
+from elision.kv.packed import RowTier, check_group
 from elision.kv.parts import Call, Keep, Rule
 from elision.kv.store import LayerStore
 from elision.method import Paper, option, register
@@ -108,5 +108,6 @@ class UniformRTN(KVMethod):
 
     def rules(self, host: KVHost) -> Sequence[Rule]:
         """One rule."""
+        check_group(self.name, "value_group", self.value_group, host.config)
         budget = Even(lambda call: self.residual, growing=True)
         return (Rule(lambda call: call.phase != "prompt_chunk", Age(), budget, Pack(self)),)

@@ -36,7 +36,7 @@ from torch import Tensor
 from elision.errors import OptionError
 from elision.kv.classes import Tokens, decoded, joined, partition, picked
 from elision.kv.method import KVHost, KVMethod
-from elision.kv.packed import ListTier, side_by_side
+from elision.kv.packed import ListTier, real_elements, side_by_side
 from elision.kv.parts import Call, Keep, Rule
 from elision.kv.probes import Norm, Probes
 from elision.kv.store import LayerStore
@@ -99,8 +99,7 @@ class Demote:
 
     def _scale(self, v: Tensor, valid: Tensor | None) -> Tensor:
         """c [B or 1, 1, G · D] over the tokens v [B, G, n, D]."""
-        real = None if valid is None else side_by_side(valid[..., None].expand(v.shape))
-        flat = side_by_side(v)
+        flat, real = side_by_side(v), real_elements(valid, v)
         if self.method.shared_ranges:
             flat, real = flat.flatten(0, 1)[None], None if real is None else real.flatten(0, 1)[None]
         return channel_scale(flat, valid=real, params=DTYPES[self.method.params])

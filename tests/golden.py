@@ -35,7 +35,7 @@ def cases(slug: str) -> dict[str, Case]:
         c["name"]: Case(
             c["name"],
             c["options"],
-            c["expected"],
+            c.get("expected", {}),
             {
                 k[len(c["name"]) + 1 :]: v
                 for k, v in tensors.items()

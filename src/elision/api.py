@@ -81,7 +81,9 @@ def apply(
     return made[0].attach(target, made, **settings)
 
 
-def fit(target: Any, method: str | Method, *, calls: Sequence[Any], **options: Any) -> Profile:
+def fit(
+    target: Any, method: str | Method, *, calls: Sequence[Any], branches: Sequence[str] = (), **options: Any
+) -> Profile:
     """Run the offline part of a method and return what it learned.
 
     Args:
@@ -89,7 +91,13 @@ def fit(target: Any, method: str | Method, *, calls: Sequence[Any], **options: A
         method: the name of a method, or an option object.
         calls: what to run it on: prompts for a pipeline, keyword dictionaries for its `__call__`, or functions that
             take the target.
+        branches: names of the guidance branches in the order of their calls within a step, as `apply` takes them.
         **options: options of the method, when it is given by name.
+
+    Raises:
+        UnknownName: no such method or option.
+        OptionError: an option out of its range, a method without an offline part, or calls that cannot be learned from.
+        UnsupportedTarget: the method cannot work on this target.
     """
     if options and isinstance(method, Method):
         raise OptionError(f"options {', '.join(options)} beside an option object: put them into the object")
@@ -98,4 +106,5 @@ def fit(target: Any, method: str | Method, *, calls: Sequence[Any], **options: A
     made = method if isinstance(method, Method) else create(method, **options)
     if not calls:
         raise OptionError("fit needs at least one call to learn from, got none")
-    return made.fit(target, calls)
+    settings = {"branches": branches} if branches else {}
+    return made.fit(target, calls, **settings)

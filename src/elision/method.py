@@ -64,13 +64,18 @@ class Method(ABC):
         for f in dataclasses.fields(self):
             _check(self, f)
 
+    @property
+    def wants_profile(self) -> bool:
+        """Whether a profile is needed with these options; some methods can be told by hand what a profile says."""
+        return self.needs_profile
+
     @classmethod
     @abstractmethod
     def attach(cls, target: Any, methods: Sequence[Method], **settings: Any) -> Applied:
         """Install `methods`, all of this family, on `target`."""
 
     def fit(self, target: Any, calls: Sequence[Any], **settings: Any) -> Profile:
-        """Run the offline part of the method; most have none."""
+        """Run the offline part of the method; most have none. `settings` are those of `elision.fit`, where given."""
         raise OptionError(f"{self.name} has no offline part: apply it directly, without a profile")
 
     @classmethod

@@ -5,7 +5,9 @@ A method that is registered and missing here fails `test_every_method_is_declare
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import elision
 from elision.denoise.engine import DenoiseApplied
 from elision.denoise.report import DenoiseReport
 from elision.method import create, find
+from elision.profile import Profile, fingerprint
 from tests.models import KINDS, Loop
 
 Options = dict[str, Any]
@@ -23,12 +26,23 @@ STEPS = 8  # of every run, unless a test says otherwise
 
 # At these settings every step is computed and the output equals the uncached one bit for bit.
 LIMITS: dict[str, list[Options]] = {
+    "bac": [{"schedule": "uniform", "interval": 1}, {"num_caches": STEPS}],
     "easycache": [
         {"threshold": 0.0, "warmup_steps": 0, "tail_steps": 0},
         {"threshold": 1e9, "warmup_steps": STEPS},
         {"threshold": 0.0, "variant": "comfyui", "start": 0.0, "end": 1.0},
     ],
+    "ertacache": [
+        {"reused": (0, STEPS - 1), "adjust": False, "rectify": "off"},
+        {"reused": (1, 2, 3), "warmup_steps": STEPS, "adjust": False, "rectify": "off"},
+        {"reused": (1, 2, 5), "tail_steps": STEPS, "adjust": False, "rectify": "off"},
+    ],
     "first_block": [{"threshold": 0.0}, {"threshold": 1e9, "warmup_steps": STEPS}],
+    "profilingdit": [
+        {"blocks": (1,), "warmup_steps": 1, "schedule": "uniform", "interval": 1},
+        {"blocks": (1,), "warmup_steps": STEPS, "schedule": "uniform"},
+        {"warmup_steps": 2, "refresh": tuple(range(2, STEPS))},
+    ],
     "random_skip": [{"rate": 0.0}, {"rate": 1.0, "warmup_steps": STEPS}],
     "stale": [{"interval": 1}, {"interval": 99, "warmup_steps": STEPS}],
     "taylorseer": [
@@ -45,15 +59,36 @@ LIMITS: dict[str, list[Options]] = {
         {"interval": 1, "site": "model"},
         {"interval": 9, "warmup_steps": STEPS},
     ],
+    "worldcache": [
+        {"n_max": 0, "warmup_steps": 0},
+        {"threshold": 0.0, "warmup_steps": 3},
+        {"threshold": 1e9, "warmup_steps": STEPS},
+        {"threshold": 1e9, "warmup_steps": 3, "tail_steps": STEPS, "site": "model"},
+    ],
 }
 
 # At these settings some steps are computed and some are not, on every tiny model.
 ACTIVE: dict[str, list[Options]] = {
+    "bac": [
+        {"num_caches": 3, "union_blocks": 2},
+        {"num_caches": 3, "schedule": "shared"},
+        {"schedule": "uniform", "interval": 3},
+    ],
     "easycache": [
         {"threshold": 0.6, "warmup_steps": 2},
         {"threshold": 1.2, "variant": "comfyui", "start": 0.25, "end": 0.9, "subsample": 2},
     ],
+    "ertacache": [
+        {"reused": (2, 3, 5), "adjust": False, "rectify": "off"},
+        {"reused": (1, 3, 4, 6), "phi": 0.7, "rectify": "off"},
+        {"reused": (2, 3, 5), "phi": 0.3, "rectify": "off", "feed": "nominal"},
+    ],
     "first_block": [{"threshold": 1.5, "max_consecutive": 2}],
+    "profilingdit": [
+        {"warmup_steps": 2, "schedule": "uniform", "interval": 3},
+        {"blocks": (0, 1), "warmup_steps": 1, "refresh": (1, 4)},
+        {"blocks": (1,), "warmup_steps": 2, "schedule": "formula", "longest": 4, "shortest": 1},
+    ],
     "random_skip": [{"rate": 0.5, "seed": 3}],
     "stale": [{"interval": 3}],
     "taylorseer": [
@@ -65,6 +100,11 @@ ACTIVE: dict[str, list[Options]] = {
     ],
     "teacache": [{"threshold": 0.5}],
     "uniform": [{"interval": 3}, {"interval": 3, "site": "stack"}, {"interval": 3, "site": "model"}],
+    "worldcache": [
+        {"threshold": 1e9, "warmup_steps": 3, "n_max": 2, "stable": 0.0, "chaotic": 0.0},
+        {"threshold": 1.0, "warmup_steps": 3, "n_max": 2},
+        {"threshold": 1e9, "warmup_steps": 2, "n_max": 3, "site": "model", "drift": "chaotic"},
+    ],
 }
 
 # Methods whose branches decide by themselves: guidance in one call then is another decision than in two.
@@ -77,6 +117,11 @@ def possible(method: str, options: Options, kind: str) -> bool:
         return True
     wanted = options.get("site", create(method, **options).levels[0] if method != "uniform" else "branch")
     return bool(wanted == "model")
+
+
+def steers(options: Options) -> bool:
+    """Whether these options change the sampler's steps, which a bare denoiser does not have."""
+    return "phi" in options
 
 
 def label(method: str, options: Options) -> str:
@@ -106,9 +151,27 @@ def impossible(table: dict[str, list[Options]]) -> list[Any]:
     ]
 
 
-def apply(loop: Any, method: str, options: Options, **settings: Any) -> DenoiseApplied:
-    """`elision.apply`, typed for the denoise family."""
-    applied = elision.apply(loop, method, **settings, **options)
+@functools.cache
+def _fitted(kind: str, method: str, options: tuple[tuple[str, Any], ...]) -> Profile:
+    """What `fit` learns from one run of a fresh model of this kind."""
+    return elision.fit(Loop(kind), method, calls=[{"steps": STEPS, "mode": "batched"}], **dict(options))
+
+
+def profile_for(loop: Any, method: str, options: Options, bare: bool = False) -> Profile | None:
+    """A profile for this very loop, where the method wants one at these options."""
+    if not create(method, **options).wants_profile:
+        return None
+    kind = next(name for name, about in KINDS.items() if about == loop.kind)
+    here = fingerprint(method, loop.model, None if bare else loop.scheduler)
+    if not possible(method, options, kind):
+        return Profile(here)
+    return replace(_fitted(kind, method, tuple(options.items())), fingerprint=here)
+
+
+def apply(loop: Any, method: str, options: Options, bare: bool = False, **settings: Any) -> DenoiseApplied:
+    """`elision.apply`, typed for the denoise family, with a profile where one is wanted; `bare`: on the denoiser."""
+    settings.setdefault("profile", profile_for(loop, method, options, bare))
+    applied = elision.apply(loop.model if bare else loop, method, **settings, **options)
     assert isinstance(applied, DenoiseApplied)
     return applied
 
@@ -146,5 +209,7 @@ __all__ = [
     "known_methods",
     "label",
     "possible",
+    "profile_for",
+    "steers",
     "strip",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-import elision
 from elision.errors import UnsupportedTarget
 from tests.conformance.settings import (
     ACTIVE,
@@ -91,6 +90,6 @@ def test_a_bare_denoiser_takes_the_same_limits(kind: str) -> None:
     for method, several in LIMITS.items():
         for options in several:
             if possible(method, options, kind):
-                with elision.apply(loop.model, method, steps=STEPS, **options) as run:
+                with apply(loop, method, options, bare=True, steps=STEPS) as run:
                     assert torch.equal(plain, loop(steps=STEPS)), (method, options)
-                assert run.report().strip() == "C" * STEPS  # type: ignore[attr-defined]
+                assert run.report().strip() == "C" * STEPS

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import elision
-from elision.errors import OptionError, UnknownName
+from elision.errors import OptionError, ProfileError, UnknownName
 from elision.method import create, describe_range, find
 from tests.conformance.settings import known_methods
 from tests.models import Loop, changed, snapshot
@@ -24,7 +24,25 @@ EDGES: dict[tuple[str, str], list[Any]] = {  # where a rule between options narr
     ("easycache", "end"): [1],
     ("taylorseer", "first_enhance"): [1],
 }
-UNRANGED = {("teacache", "coefficients")}  # a tuple of numbers or a preset; checked by a rule of its own
+UNRANGED: dict[tuple[str, str], tuple[Any, ...]] = {  # tuples of numbers, with what a rule of their own must refuse
+    ("bac", "forced"): ("nope", ("a",), 3, (math.nan,), (1.5,)),
+    ("ertacache", "reused"): ("nope", (), ("a",), 3, (math.nan,), (-1,)),
+    ("profilingdit", "blocks"): ("nope", ("a",), 3, (math.nan,), (-1,)),
+    ("profilingdit", "refresh"): ("nope", (), ("a",), 3, (math.nan,), (-1,)),
+    ("teacache", "coefficients"): ("nope", (), ("a",), 3, (math.nan,)),
+    ("worldcache", "modalities"): ("nope", (), ("a",), 3, (math.nan,), (0,)),
+}
+HELP: dict[tuple[str, str], dict[str, Any]] = {  # options without which another has no meaning
+    ("bac", "interval"): {"schedule": "uniform"},
+    ("easycache", "subsample"): {"variant": "comfyui"},
+    ("easycache", "start"): {"variant": "comfyui"},
+    ("easycache", "end"): {"variant": "comfyui"},
+    ("profilingdit", "interval"): {"schedule": "uniform"},
+    ("profilingdit", "longest"): {"schedule": "formula"},
+    ("profilingdit", "shortest"): {"schedule": "formula"},
+    ("profilingdit", "warmup_steps"): {"schedule": "uniform"},
+    ("taylorseer", "compute_after"): {"schedule": "diffusers"},
+}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -83,7 +101,7 @@ def out_of_range(f: dataclasses.Field[Any]) -> list[Any]:
 @pytest.mark.parametrize(("name", "f"), FIELDS, ids=IDS)
 def test_option_out_of_range_is_refused(name: str, f: dataclasses.Field[Any]) -> None:
     if (name, f.name) in UNRANGED:
-        for bad in ("nope", (), ("a",), 3, (math.nan,)):
+        for bad in UNRANGED[name, f.name]:
             with pytest.raises(OptionError, match=f.name):
                 create(name, **{f.name: bad})
         return
@@ -100,11 +118,8 @@ def test_option_at_the_edge_of_its_range_is_taken(name: str, f: dataclasses.Fiel
     limits = f.metadata
     edges: list[Any] = list(limits["choices"] or ()) + [limits[k] for k in ("ge", "le") if limits[k] is not None]
     edges = EDGES.get((name, f.name), edges)
-    help_with = {"schedule": "diffusers"} if f.name == "compute_after" else {}
-    if name == "easycache" and f.name in ("subsample", "start", "end"):
-        help_with = {"variant": "comfyui"}
     for edge in edges:
-        assert getattr(create(name, **{f.name: edge, **help_with}), f.name) == edge
+        assert getattr(create(name, **{f.name: edge, **HELP.get((name, f.name), {})}), f.name) == edge
 
 
 @pytest.mark.parametrize(("name", "f"), FIELDS, ids=IDS)
@@ -162,6 +177,11 @@ def test_a_bare_denoiser_is_asked_for_its_steps() -> None:
         cls = find(name)
         needs = bool(getattr(cls(), "tail_steps", 0))
         before = snapshot(loop.model)
+        if cls().wants_profile:
+            with pytest.raises(ProfileError, match=f"{name} needs a profile: make one with elision.fit"):
+                elision.apply(loop.model, name)
+            assert changed(before, snapshot(loop.model)) == []
+            continue
         if needs:
             with pytest.raises(OptionError, match=f"{name} must know the number of steps.*steps=28"):
                 elision.apply(loop.model, name)

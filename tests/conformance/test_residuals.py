@@ -23,6 +23,8 @@ STAND_INS: list[tuple[str, Options, str]] = [
     ("uniform", {"interval": 2, "site": "branch"}, "Cr"),
     ("taylorseer", {"interval": 2, "first_enhance": 1}, "Cp"),
     ("taylorseer", {"interval": 2, "first_enhance": 1, "site": "head"}, "Cp"),
+    ("bac", {"schedule": "uniform", "interval": 2}, "Cr"),
+    ("profilingdit", {"blocks": (0, 1, 2), "warmup_steps": 0, "schedule": "uniform", "interval": 2}, "Cr"),
 ]
 
 

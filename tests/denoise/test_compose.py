@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 import elision
 from elision.denoise.compose import check, conflict
+from elision.denoise.methods.bac import BAC
 from elision.denoise.methods.easycache import EasyCache
 from elision.denoise.methods.first_block import FirstBlock
+from elision.denoise.methods.profilingdit import ProfilingDiT
 from elision.denoise.methods.random_skip import RandomSkip
 from elision.denoise.methods.stale import Stale
 from elision.denoise.methods.taylorseer import TaylorSeer
@@ -21,12 +23,13 @@ from elision.denoise.methods.uniform import Uniform
 from elision.denoise.policy import Claims
 from elision.denoise.sites import Site
 from elision.errors import Conflict, OptionError
-from elision.method import Method, find
-from tests.conformance.settings import STEPS
+from elision.method import Method, create
+from tests.conformance.settings import ACTIVE, STEPS, profile_for
 from tests.models import Loop, changed, snapshot
 
 quiet = pytest.mark.filterwarnings("ignore::elision.errors.ElisionWarning")
 
+SKIP_SINGLES = ProfilingDiT(blocks=(2, 3), warmup_steps=2, schedule="uniform", interval=3)
 LEGAL: list[list[Method]] = [
     [EasyCache(threshold=0.6, warmup_steps=2), TaylorSeer(interval=3, first_enhance=1)],
     [TaylorSeer(interval=3, first_enhance=1), EasyCache(threshold=0.6, warmup_steps=2)],
@@ -35,6 +38,7 @@ LEGAL: list[list[Method]] = [
     [Uniform(interval=4, site="stack"), TaylorSeer(interval=6, first_enhance=1)],
     [FirstBlock(threshold=0.5), Uniform(interval=2)],
     [Stale(interval=2), TaylorSeer(interval=3, first_enhance=1, site="head")],
+    [SKIP_SINGLES, TaylorSeer(interval=3, first_enhance=1)],
 ]
 ILLEGAL: list[tuple[list[Method], str]] = [
     ([EasyCache(), RandomSkip()], "both decide model"),
@@ -42,6 +46,10 @@ ILLEGAL: list[tuple[list[Method], str]] = [
     ([Uniform(), TaylorSeer()], r"both decide .*transformer_blocks\.0\.attn.*more"),
     ([EasyCache(), TeaCache()], "does not tolerate gaps"),
     ([TeaCache(), EasyCache()], "does not tolerate gaps"),
+    ([EasyCache(), BAC(schedule="uniform")], "does not tolerate gaps"),
+    ([SKIP_SINGLES, BAC(schedule="uniform")], "does not tolerate gaps"),
+    ([SKIP_SINGLES, EasyCache()], "does not tolerate gaps"),
+    ([Uniform(), BAC(schedule="uniform")], "both decide"),
     ([Uniform(interval=2), Uniform(interval=3)], "twice"),
     ([Uniform(interval=2), Uniform(interval=3, site="stack")], "twice"),
     ([TeaCache(), TeaCache()], "twice"),
@@ -75,7 +83,7 @@ def test_legal_pairs_work_end_to_end(pair: list[Method], mode: str) -> None:
     }
     assert sum(counts[outer.name]) == report.sites[outer.name] * calls
     # the inner method is reached exactly where the outer one computes; the first block is outside FirstBlock's run
-    outside = 3 if outer.name == "first_block" else 0
+    outside = {"first_block": 3, "profilingdit": 6}.get(outer.name, 0)
     reached = (report.sites[inner.name] - outside) * counts[outer.name][0] + outside * calls
     assert sum(counts[inner.name]) == reached
     assert counts[outer.name][1] > 0
@@ -86,6 +94,7 @@ def test_legal_pairs_work_end_to_end(pair: list[Method], mode: str) -> None:
 def level(method: Any) -> str:
     """The level a method of these pairs works at."""
     fixed = {"easycache": "model", "random_skip": "model", "stale": "model", "first_block": "run", "teacache": "stack"}
+    fixed |= {"profilingdit": "run", "bac": "branch"}
     return fixed.get(method.name) or method.site  # type: ignore[no-any-return]
 
 
@@ -160,18 +169,19 @@ def test_names_in_a_list_take_their_defaults_and_no_options() -> None:
 def test_every_pair_of_methods_has_an_answer() -> None:
     """And it does not depend on the order."""
     loop = Loop("flux")
-    denoisers = [find(row.name) for row in elision.methods("denoise")]
-    for a in denoisers:
-        for b in denoisers:
+    names = [row.name for row in elision.methods("denoise")]
+    profiles = {name: profile_for(loop, name, ACTIVE[name][0]) for name in names}
+    for a in (create(name, **ACTIVE[name][0]) for name in names):
+        for b in (create(name, **ACTIVE[name][0]) for name in names):
             answers = []
-            for pair in ([a(), b()], [b(), a()]):
+            for pair in ([a, b], [b, a]):
                 try:
-                    elision.apply(loop, pair).remove()
+                    elision.apply(loop, pair, profile=profiles).remove()
                     answers.append(True)
                 except Conflict:
                     answers.append(False)
             assert answers[0] == answers[1], (a.name, b.name)
-            if a is b:
+            if a == b:
                 assert not answers[0]
 
 

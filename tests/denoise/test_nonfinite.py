@@ -12,7 +12,7 @@ from torch import Tensor
 import elision
 from elision.denoise.policy import DenoiseMethod, Host
 from elision.method import create
-from tests.conformance.settings import Options, apply
+from tests.conformance.settings import ACTIVE, Options, apply, profile_for
 from tests.models import Loop
 
 pytestmark = pytest.mark.filterwarnings("ignore::elision.errors.ElisionWarning")
@@ -24,6 +24,7 @@ CRITERIA: list[tuple[str, Options]] = [
     ("easycache", {"threshold": 1e9, "variant": "comfyui", "start": 0.25, "end": 1.0, "subsample": 1}),
     ("first_block", {"threshold": 1e9, "warmup_steps": 4}),
     ("teacache", {"threshold": 1e9, "warmup_steps": 4, "tail_steps": 0}),
+    ("worldcache", {"threshold": 1e9, "warmup_steps": 4, "tail_steps": 0}),
 ]
 RULES: list[tuple[str, Options]] = [
     ("uniform", {"interval": 2}),
@@ -31,6 +32,11 @@ RULES: list[tuple[str, Options]] = [
     ("taylorseer", {"interval": 2, "first_enhance": 2}),
     ("stale", {"interval": 2}),
     ("random_skip", {"rate": 0.5, "warmup_steps": 4}),
+    ("bac", {"num_caches": 4, "union_blocks": 1}),
+    ("bac", {"schedule": "uniform", "interval": 2}),
+    ("ertacache", {"reused": (2, 4, 6), "adjust": False, "rectify": "off"}),
+    ("ertacache", {"reused": (2, 4, 6), "phi": 0.5, "rectify": "off"}),
+    ("profilingdit", {"blocks": (1, 2), "warmup_steps": 1, "schedule": "uniform", "interval": 2}),
 ]
 
 
@@ -42,9 +48,11 @@ def test_every_method_that_reads_a_statistic_is_here() -> None:
     host = Host(loop.model, adapter_for(loop.model), loop.scheduler)
     listening = set()
     for row in elision.methods("denoise"):
-        method = create(row.name)
+        options = ACTIVE[row.name][0]
+        method = create(row.name, **options)
         assert isinstance(method, DenoiseMethod)
-        if any(group.schedule().listens for group in method.plan(host, None).groups):
+        plan = method.plan(host, profile_for(loop, row.name, options))
+        if any(group.schedule().listens for group in plan.groups):
             listening.add(row.name)
     assert listening == {name for name, _ in CRITERIA}
     assert {row.name for row in elision.methods("denoise")} - listening == {name for name, _ in RULES}
@@ -104,7 +112,7 @@ def test_criteria_do_not_reuse_and_name_the_step(method: str, options: Options, 
     assert not torch.isfinite(returned[AT]).all()
     if heal:
         assert all(torch.isfinite(v).all() for n, v in enumerate(returned) if n != AT)
-        assert "r" in report.strip()[AT + 2 :]  # it recovers
+        assert {"r", "p"} & set(report.strip()[AT + 2 :])  # it recovers
     assert any(f"step {AT + 1}" in note and "not finite" in note for note in report.notes), report.notes
     assert report.reasons()[method]["not finite"] >= 1
 
@@ -121,7 +129,7 @@ def test_a_spoilt_unconditional_branch_is_not_reused_either(method: str, options
         _, returned = spoilt(mode="sequential", name=naming)
     bad = [i for i, v in enumerate(returned) if not torch.isfinite(v).all()]
     assert bad == [2 * AT + 1]
-    assert "r" in run.report().strip()
+    assert {"r", "p"} & set(run.report().strip())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -352,6 +352,8 @@ def test_what_does_not_fit() -> None:
         elision.apply(tiny(seed=1), "prefixkv", profile=profile)
     with pytest.raises(elision.errors.ProfileError, match="nothing to fit"):
         elision.fit(model, "prefixkv", calls=[lambda m: None])
+    with pytest.raises(elision.errors.OptionError, match="branches belong to diffusion models"):
+        elision.fit(model, "prefixkv", calls=[tokens(1, 40)], branches=("cond",))
 
 
 @pytest.mark.parametrize(("distance", "point"), [(0, 30), (-3, 27), (5, 5), (-40, 15)])

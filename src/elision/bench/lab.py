@@ -19,6 +19,7 @@ from elision.denoise.fit._record import record
 from elision.denoise.report import DenoiseReport
 from elision.denoise.sites import Level
 from elision.method import Method
+from elision.profile import Profile
 
 
 @dataclass
@@ -29,11 +30,13 @@ class Lab:
         subject: what is sampled.
         seeds: of the noise; every number is paired over them.
         told: called with what runs next.
+        profiles: what methods run with at a number of steps; see `give`.
     """
 
     subject: Subject
     seeds: Sequence[int]
     told: Callable[[str], None] = field(default=lambda text: None)
+    profiles: dict[tuple[Method, int], Profile] = field(default_factory=dict)
     _plain: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _runs: dict[tuple[Method, int, int], tuple[Tensor, Sample, DenoiseReport]] = field(default_factory=dict)
 
@@ -49,8 +52,22 @@ class Lab:
         key = (method, steps, seed)
         if key not in self._runs:
             self.told(f"{method.name}, {steps} steps, seed {seed}")
-            self._runs[key] = run_method(self.subject, method, steps, seed)
+            profile = self.profiles.get((method, steps))
+            self._runs[key] = run_method(self.subject, method, steps, seed, profile)
         return self._runs[key]
+
+    def give(self, methods: Sequence[Method], steps: int, profile: Profile) -> None:
+        """Let these methods run with a profile at this number of steps."""
+        self.profiles.update({(method, steps): profile for method in methods})
+
+    def fit(self, method: Method, steps: int, count: int = 2) -> Profile:
+        """What a method learns from `count` runs whose noise no experiment is evaluated on."""
+        self.told(f"fitting {method.name}, {steps} steps")
+        held_out = range(max(self.seeds) + 1000, max(self.seeds) + 1000 + count)
+        return method.fit(self.subject.pipe, [self._call(steps, seed) for seed in held_out])
+
+    def _call(self, steps: int, seed: int) -> Callable[[Any], Any]:
+        return lambda pipe: self.subject.sample(steps, seed)
 
     def warm_up(self, steps: int) -> None:
         """One run that is thrown away."""

@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from elision.denoise.adapters import Adapter, adapter_for
 from elision.denoise.compose import check
+from elision.denoise.control import Steering
 from elision.denoise.flops import FlopBook
 from elision.denoise.policy import DenoiseMethod, Host, Plan
 from elision.denoise.report import DenoiseReport, RunRecord, StepRecord, Tally
@@ -103,6 +105,7 @@ class DenoiseApplied(Applied):
         self._notes: list[str] = []
         self._lasting: list[str] = []  # notes that outlive a reset
         self.hosts: list[HostRuntime] = []
+        self.steering = Steering({}, self)
         self._run: RunRecord | None = None
         self._runs: deque[RunRecord] = deque(maxlen=_DETAILED_RUNS)
         self._run_count = self._held = self._peak = 0
@@ -150,7 +153,7 @@ class DenoiseApplied(Applied):
         if isinstance(given, Mapping):
             given = given.get(method.name)
         if given is None:
-            if method.needs_profile:
+            if method.wants_profile:
                 raise ProfileError(
                     f"{method.name} needs a profile: make one with elision.fit(target, {method.name!r}, calls=...) "
                     "and pass it as profile="
@@ -163,6 +166,8 @@ class DenoiseApplied(Applied):
         return loaded
 
     def _install(self, plans: list[tuple[Host, torch.nn.Module, list[Plan]]]) -> None:
+        self.steering = Steering(dict(zip((m.name for m in self.methods), plans[0][2], strict=True)), self)
+        self.steering.check(self.target.scheduler)
         for host, module, mine in plans:
             self._own(host.model)
             groups = [group for plan in mine for group in plan.groups]
@@ -189,8 +194,9 @@ class DenoiseApplied(Applied):
         for tap in self._scheduler_taps:  # somebody else may use the old one, and it may come back
             tap.remove()
             self._taps.remove(tap)
+        self.steering.check(scheduler)
         self.clock.scheduler = scheduler
-        self._scheduler_taps = tap_scheduler(scheduler, self._begin, self._advance)
+        self._scheduler_taps = [*tap_scheduler(scheduler, self._begin, self._advance), *self.steering.taps(scheduler)]
         self._taps.extend(self._scheduler_taps)
         return True
 
@@ -268,6 +274,11 @@ class DenoiseApplied(Applied):
             return None
         return slice(half, None) if adapter.batched == "uncond first" else slice(None, half)
 
+    def stood_in(self, group: str) -> bool:
+        """Whether a group stood in for anything in the current step."""
+        tally = None if self._run is None else self._run.steps[-1].groups.get(group)
+        return tally is not None and tally.stood_in > 0
+
     def tally(self, step: Step, group: str) -> Tally:
         """The tally of a group in the current step."""
         assert self._run is not None
@@ -276,7 +287,8 @@ class DenoiseApplied(Applied):
 
     def weigh(self) -> None:
         """Count the bytes that are kept, after a call."""
-        self._held = storage_bytes(t for host in self.hosts for t in host.tensors())
+        kept = chain(self.steering.tensors(), *(host.tensors() for host in self.hosts))
+        self._held = storage_bytes(kept)
         self._peak = max(self._peak, self._held)
 
     # -- runs ----------------------------------------------------------------------------------------------------
@@ -308,6 +320,7 @@ class DenoiseApplied(Applied):
         numbers = {g.group.name: g.schedule.numbers() for h in self.hosts for g in h.groups}
         for host in self.hosts:
             host.forget()
+        self.steering.forget()
         self._held = 0
         self._warn_if_idle(run, numbers)
 
@@ -316,6 +329,8 @@ class DenoiseApplied(Applied):
             for group in host.groups:
                 for note in (*group.schedule.notes(), *group.notes):
                     self._note(f"{group.group.name}: {note}")
+        for note in self.steering.notes():
+            self._note(note)
 
     def _note_not_finite(self) -> None:
         for host in self.hosts:
@@ -418,6 +433,7 @@ class DenoiseApplied(Applied):
         self.clock.reset()
         self.clock.run = -1
         self._notes.clear()
+        self.steering.forget()
         for host in self.hosts:
             host.forget()
             host.book.clear()
@@ -441,6 +457,7 @@ class DenoiseApplied(Applied):
             self._note("the target was never called while the method was applied")
         self._final = self._summary()
         self.hosts = []
+        self.steering = Steering({}, self)
         self.target = Target(self.target.name, ())
         self.clock.scheduler = None
         self._scheduler_taps = []

@@ -15,6 +15,7 @@ from elision.method import Method
 
 if TYPE_CHECKING:
     from elision.denoise.adapters import Adapter
+    from elision.denoise.control import Control
     from elision.profile import Profile
     from elision.session import Applied
 
@@ -97,12 +98,16 @@ class Predictor(ABC):
 
 @dataclass(frozen=True)
 class Group:
-    """Sites that share one schedule and one kind of predictor."""
+    """Sites that share one schedule and one kind of predictor.
+
+    Without a `predictor` the schedule must be one itself: a single object then decides and stands in for all sites and
+    branches of the group, and tells them apart by what it is handed.
+    """
 
     name: str
     sites: Sequence[Site]
     schedule: Callable[[], Schedule]
-    predictor: Callable[[], Predictor]
+    predictor: Callable[[], Predictor] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,11 +131,20 @@ class Claims:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a method file returns and the engine installs."""
+    """What a method file returns and the engine installs.
+
+    Attributes:
+        groups: sites with their schedule and predictor.
+        claims: what is decided and held; `claims.controls` says which questions `control` is asked.
+        notes: for the report.
+        control: makes the control of the sampler for one run, from that run's schedules in the order of `groups`, so
+            that deciding and steering can share what they know.
+    """
 
     groups: Sequence[Group]
     claims: Claims
     notes: Sequence[str] = field(default_factory=tuple)
+    control: Callable[[Sequence[Schedule]], Control] | None = None
 
 
 @dataclass(frozen=True)

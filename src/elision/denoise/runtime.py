@@ -46,6 +46,13 @@ class GroupRuntime:
         self._finite = {}
         self._key = None
 
+    def predictor(self) -> Predictor:
+        """A predictor for one site, branch and stream: a new one, or the schedule where it is its own."""
+        if self.group.predictor is not None:
+            return self.group.predictor()
+        assert isinstance(self.schedule, Predictor)
+        return self.schedule
+
     def observe(self, site: Site, values: Iterable[Tensor]) -> None:
         """Remember whether what a criterion may let stand in is finite."""
         if self.schedule.listens:
@@ -244,7 +251,7 @@ class SiteRuntime:
             key = (step.branch, stream)
             predictor = self.predictors.get(key)
             if predictor is None:
-                predictor = self.predictors[key] = self.group.group.predictor()
+                predictor = self.predictors[key] = self.group.predictor()
             if computed and self.site.returned:
                 value = value.clone()  # the caller may write into what it is given
             predictor.observe(step, call.inputs.get(stream, call.x), call, value, computed)
@@ -350,6 +357,7 @@ class HostRuntime:
             for path in site.site.feeders:
                 self._tap(path, site.on_feeder(path))
             self._tap(site.site.tail, site.on_tail(site.site.tail))
+        self.taps += self.session.steering.tap_call(self)
 
     def _tap(self, path: str, wrap: Callable[[Inner, Args, Kwargs], Any]) -> None:
         self.taps.append(tap_call(self.outer if path == "" else self.module(path), wrap))

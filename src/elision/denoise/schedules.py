@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -12,10 +13,11 @@ from torch import Tensor
 from elision.denoise.policy import STAND_IN, Decision, Schedule
 from elision.denoise.sites import Call, Site
 from elision.denoise.steps import Step
+from elision.errors import ProfileMismatch
 
 WARMUP, TAIL = Decision(False, "warm-up"), Decision(False, "last steps")
 INTERVAL = Decision(False, "interval over")
-LISTED = Decision(False, "listed step")
+LISTED, UNLISTED = Decision(False, "listed step"), Decision(False, "outside the list")
 
 
 class Interval(Schedule):
@@ -62,17 +64,71 @@ class Steps(Schedule):
         return None if inside else f"none of the listed steps lies in a run of {total} steps"
 
 
+class Skips(Schedule):
+    """Stand in exactly at the listed steps, outside of warm-up and tail.
+
+    Args:
+        skipped: the steps.
+        warmup: steps that are computed at the start whatever the list says, and
+        tail: at the end.
+        sigmas: noise levels of the grid that the list was made for (one more than its steps, NaN where unknown); runs
+            on another one are refused.
+    """
+
+    def __init__(
+        self, skipped: Iterable[int], warmup: int = 0, tail: int = 0, sigmas: Sequence[float] | None = None
+    ) -> None:
+        self.skipped = frozenset(skipped)
+        self.warmup = warmup
+        self.tail = tail
+        self.sigmas = sigmas
+
+    def decide(self, step: Step, site: Site, call: Call) -> Decision:
+        """Listed or not."""
+        if self.sigmas is not None:
+            self._check(step, self.sigmas)
+        if step.n < self.warmup:
+            return WARMUP
+        if step.total is not None and step.n >= step.total - self.tail:
+            return TAIL
+        return STAND_IN if step.n in self.skipped else LISTED
+
+    @staticmethod
+    def _check(step: Step, sigmas: Sequence[float]) -> None:
+        total = len(sigmas) - 1
+        if step.n >= total or step.total not in (None, total):
+            raise ProfileMismatch(
+                f"the profile is for runs of {total} steps, this one has {step.total or 'more'}: fit another"
+            )
+        there, here = sigmas[step.n], step.sigma
+        if here is not None and abs(there - here) > 1e-4 * max(1.0, abs(there)):  # never true of NaN
+            raise ProfileMismatch(
+                f"the profile has noise level {there:g} at step {step.n}, this run has {here:g} (another shift or "
+                "resolution, or image-to-image): fit another"
+            )
+
+
 class SiteSteps(Schedule):
-    """Compute every site at its own list of steps (BAC's per-branch update steps)."""
+    """Compute every site at its own list of steps (BAC's per-branch update steps).
+
+    A site without steps is always computed, one whose list starts late is computed until then, and from step `until` on
+    all are.
+    """
 
     scope: ClassVar[Literal["step", "branch", "site"]] = "site"
 
-    def __init__(self, computed: dict[str, Iterable[int]]) -> None:
+    def __init__(self, computed: Mapping[str, Iterable[int]], until: int | None = None) -> None:
         self.computed = {key: frozenset(steps) for key, steps in computed.items()}
+        self.until = until
 
     def decide(self, step: Step, site: Site, call: Call) -> Decision:
         """Listed or not, for this site."""
-        return LISTED if step.n in self.computed[site.key] else STAND_IN
+        mine = self.computed[site.key]
+        if step.n in mine:
+            return LISTED
+        if not mine or step.n < min(mine) or (self.until is not None and step.n >= self.until):
+            return UNLISTED
+        return STAND_IN
 
 
 class Random(Schedule):
@@ -202,3 +258,63 @@ class PerBranch(Schedule):
     def notes(self) -> Iterable[str]:
         """The notes of every branch."""
         return [note for part in self._parts.values() for note in part.notes()]
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """When something kept is renewed, from step `start` on (ProfilingDiT).
+
+    Attributes:
+        kind: "list", "uniform" or "formula".
+        start: s0.
+        steps: the list.
+        interval: of "uniform".
+        ends: T_max and T_min of "formula".
+    """
+
+    kind: Literal["list", "uniform", "formula"]
+    start: int
+    steps: tuple[int, ...] = ()
+    interval: int = 1
+    ends: tuple[float, float] = (1.0, 1.0)
+
+    def due(self, n: int, total: int | None) -> bool:
+        """Whether step `n` of `total` is a refresh step."""
+        if self.kind == "list":
+            return n in self.steps
+        if self.kind == "uniform":
+            return (n - self.start) % self.interval == 0
+        assert total is not None
+        return n in shrinking(self.start, total, *self.ends)
+
+
+def interval_at(s: int, start: int, total: int, longest: float, shortest: float) -> float:
+    """ProfilingDiT's T_s: `longest` at step `start`, `shortest` at step `total`, linear in between."""
+    return longest - (longest - shortest) * (s - start) / (total - start)
+
+
+def shrinking(start: int, total: int, longest: float, shortest: float) -> list[int]:
+    """Refresh steps `start, ..., s, s + round(T_s), ...` below `total`; halves round to even, at least one step on."""
+    steps, s = [], start
+    while s < total:
+        steps.append(s)
+        s += max(1, round(interval_at(s, start, total, longest, shortest)))
+    return steps
+
+
+class Refreshed(Schedule):
+    """Compute all until `start`, then every site at the refresh steps of its own rule."""
+
+    scope: ClassVar[Literal["step", "branch", "site"]] = "site"
+
+    def __init__(self, rules: Mapping[str, Refresh]) -> None:
+        self.rules = rules
+
+    def decide(self, step: Step, site: Site, call: Call) -> Decision:
+        """Early, due, or stand in."""
+        rule = self.rules[site.key]
+        if step.n < rule.start:
+            return WARMUP
+        if rule.due(step.n, step.total):
+            return LISTED if rule.kind == "list" else INTERVAL
+        return STAND_IN

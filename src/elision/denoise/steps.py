@@ -50,6 +50,14 @@ class Step:
         """Whether this is the last step of the run (False when the total is unknown)."""
         return self.total is not None and self.n >= self.total - 1
 
+    def rows(self, batch: int) -> dict[str, list[int]]:
+        """The rows of a call that belong to the leading guidance branch ("cond") and to the others ("rest")."""
+        everything = list(range(batch))
+        if self.cond is None:
+            return {"cond" if self.leads else "rest": everything}
+        cond = everything[self.cond]
+        return {"cond": cond, "rest": sorted(set(everything) - set(cond))}
+
 
 @dataclass(frozen=True)
 class Context:
@@ -140,6 +148,17 @@ class Clock:
         return bool(self._grid) and self._returned < len(self._grid) - self._begin
 
     # -- asked by the engine -------------------------------------------------------------------------------------
+
+    @property
+    def sigmas(self) -> Sequence[float]:
+        """Noise levels of the full grid, one more than there are steps; empty where the scheduler has none."""
+        return self._sigmas
+
+    @property
+    def pending(self) -> Step | None:
+        """The step that a coming `scheduler.step` ends; None if the denoiser was not called for it."""
+        step = self._step
+        return step if step is not None and step.n == self._returned and not self._fresh else None
 
     def tick(self, timestep: Any, shape: Sequence[int]) -> tuple[Step, bool]:
         """The step of the call that is about to run, and whether it is the first of a new run.

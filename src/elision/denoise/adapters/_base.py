@@ -51,9 +51,12 @@ class Adapter:
         blocks: what the block classes look like.
         head: the module that ends the denoiser; what follows it only reshapes.
         image: the stream that the head reads.
+        joint: which tokens come first where attention joins image and text.
         batched: which half of a call that carries both guidance branches is conditional, in diffusers' pipelines.
         modulated: the input of the first block after its own modulation (TeaCache's indicator).
         known: False for the generic adapter.
+        token_axes: arguments with an axis of image tokens, and that axis: what a call with live tokens alone must cut.
+            Empty where the denoiser cannot be called with some of its tokens.
     """
 
     model_class: str
@@ -63,9 +66,11 @@ class Adapter:
     blocks: Mapping[str, BlockSpec] = field(default_factory=dict)
     head: str | None = None
     image: str = "hidden_states"
+    joint: Literal["text first", "image first"] = "text first"
     batched: Literal["uncond first", "cond first"] = "uncond first"
     modulated: Modulated | None = None
     known: bool = True
+    token_axes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -74,7 +79,17 @@ class Adapter:
 
     def block_paths(self, model: nn.Module) -> list[str]:
         """Paths of all blocks, in call order."""
-        return [f"{name}.{i}" for name in self.lists for i in range(len(model.get_submodule(name)))]  # type: ignore[arg-type]
+        return [f"{name}.{i}" for name, depth in self.depths(model).items() for i in range(depth)]
+
+    def depths(self, model: nn.Module) -> dict[str, int]:
+        """The number of blocks in each list; refuses models that are built without one."""
+        try:
+            return {name: len(model.get_submodule(name)) for name in self.lists}  # type: ignore[arg-type]
+        except AttributeError:
+            raise UnsupportedTarget(
+                f"this {type(model).__name__} is built without {' or '.join(self.lists)}, where its blocks should be "
+                "(an encoder-only variant?): use a method at the site 'model'"
+            ) from None
 
     def spec(self, model: nn.Module, path: str) -> BlockSpec:
         """What the block at `path` looks like; refuses classes that are not in the table."""

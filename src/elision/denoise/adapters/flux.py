@@ -33,4 +33,5 @@ FLUX = Adapter(
     },
     head="proj_out",
     modulated=_modulated,
+    token_axes={"hidden_states": 1, "img_ids": 0},
 )

@@ -28,5 +28,6 @@ SD3 = Adapter(
         )
     },
     head="proj_out",
+    joint="image first",
     modulated=_modulated,
 )

@@ -152,7 +152,7 @@ class TeaCache(DenoiseMethod):
             last[step.branch] = (step.n, now, out.detach().clone())
             seen_steps[0] = max(seen_steps[0], step.n + 1)
 
-        found = record(target, "head", calls, seen)
+        found = record(target, "head", calls, seen, **settings)
         if len(pairs) <= self.degree:
             raise OptionError(
                 f"teacache: {len(pairs)} step pairs cannot fix a polynomial of degree {self.degree}: give more calls"

@@ -143,6 +143,8 @@ class PrefixKV(EvictingMethod):
             calls: prompts: token ids [B, S], keyword arguments of the model, or functions that take it.
             **settings: nothing.
         """
+        if settings:
+            raise OptionError(f"{', '.join(settings)} belong to diffusion models; {self.name} has no use for them")
         own = self.ratio if self.ratio is not None else 1 - self.budget if isinstance(self.budget, float) else 0.5
         drops = sorted({*DROPS, own} if min(abs(own - d) for d in DROPS) > 1e-6 else DROPS)
         found: list[Tensor] = []

@@ -66,9 +66,7 @@ class ElasticCache(EvictingMethod):
         None, "share of the tokens to drop, instead of the budget (the paper's name)", ge=0, le=1
     )
     start_size: int = option(1, "tokens at the head of the prompt that always stay", ge=0)
-    distance: int = option(
-        -25, "deletion point from the end of the compressed prompt; above 0 it is an absolute index"
-    )
+    distance: int = option(-25, "deletion point from the end of the compressed prompt; above 0 it is an absolute index")
     mode: str = option(
         "paper", "ranks as in the paper, or the released code with its defects", choices=("paper", "released")
     )

@@ -75,9 +75,7 @@ class PrefixKV(EvictingMethod):
     )
     ratios: tuple[float, ...] | None = option(None, "drop ratio of every managed layer, instead of a profile")
     start_size: int = option(1, "tokens at the head of the prompt that always stay", ge=0)
-    distance: int = option(
-        -25, "deletion point from the end of the compressed prompt; above 0 it is an absolute index"
-    )
+    distance: int = option(-25, "deletion point from the end of the compressed prompt; above 0 it is an absolute index")
     tolerance: float = option(5, "tokens in total by which the search may miss the budget", gt=0)
     position: str = option("true", "positions of new tokens", choices=("true", "compressed"))
 

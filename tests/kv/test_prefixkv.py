@@ -10,6 +10,7 @@ from torch import Tensor
 import elision
 from elision.kv.methods.prefixkv import PrefixKV
 from elision.kv.threshold import rescale, search, threshold
+from elision.profile import Profile
 from tests.kv.given import feed, same
 from tests.kv.models import decode, llama
 from tests.kv.rig import Rig, recorded
@@ -350,6 +351,15 @@ def test_what_does_not_fit() -> None:
     profile = elision.fit(model, "prefixkv", calls=[tokens(1, 40)])
     with pytest.raises(elision.errors.ProfileMismatch):
         elision.apply(tiny(seed=1), "prefixkv", profile=profile)
+    for layers in (2, 5):  # also where a profile of another model is forced
+        with pytest.raises(elision.errors.ProfileError, match=f"and {layers} managed layers"):
+            elision.apply(tiny(num_hidden_layers=layers), "prefixkv", profile=profile, force=True)
+    for tensors in ({}, {"ratios": profile.tensors["ratios"]}, {**profile.tensors, "ratios": torch.full((9, 3), 1.5)}):
+        with pytest.raises(elision.errors.ProfileError, match="one between 0 and 1 for each"):
+            elision.apply(model, "prefixkv", profile=Profile(profile.fingerprint, tensors))
+    other = tiny(seed=1)
+    with elision.apply(other, "prefixkv", profile=profile, force=True):
+        other(tokens(1, 40))
     with pytest.raises(elision.errors.ProfileError, match="nothing to fit"):
         elision.fit(model, "prefixkv", calls=[lambda m: None])
     with pytest.raises(elision.errors.OptionError, match="branches belong to diffusion models"):

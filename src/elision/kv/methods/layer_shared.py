@@ -92,7 +92,11 @@ class _Local:
         """This layer."""
         state, n = call.store.state, held(call.store)
         forget, first = self.method.start(call), self.method.start_size
-        forget = forget.minimum((n - first).clamp(min=0)) if isinstance(n, Tensor) else min(forget, max(n - first, 0))
+        spare = (n - first).clamp(min=0) if isinstance(n, Tensor) else max(n - first, 0)
+        if isinstance(forget, Tensor) or isinstance(spare, Tensor):
+            forget = torch.minimum(torch.as_tensor(forget), torch.as_tensor(spare))  # one per row
+        else:
+            forget = min(forget, spare)
         state["point"] = first
         if not bool((forget > 0).any() if isinstance(forget, Tensor) else forget):
             return {}

@@ -183,7 +183,12 @@ def _table(method: PrefixKV, host: KVHost) -> tuple[Tensor, Tensor] | None:
         return torch.tensor([0.0, 1.0], dtype=torch.float64), same
     if host.profile is None:
         return None
-    drops, ratios = host.profile.tensors["drops"], host.profile.tensors["ratios"]
+    drops, ratios = (host.profile.tensors.get(name, torch.zeros(0)) for name in ("drops", "ratios"))
+    if ratios.shape != (len(drops), len(host.layers)) or not bool(((ratios >= 0) & (ratios <= 1)).all()):
+        raise ProfileError(
+            f"{method.name}: the profile has ratios {list(ratios.shape)} for {len(drops)} drop shares and "
+            f"{len(host.layers)} managed layers; it needs one between 0 and 1 for each: fit one for this model"
+        )
     ends = ratios.new_zeros(1), ratios.new_ones(1)
     rows = ratios.new_zeros(1, ratios.shape[1]), ratios.new_ones(1, ratios.shape[1])
     return torch.cat([ends[0], drops, ends[1]]), torch.cat([rows[0], ratios, rows[1]])

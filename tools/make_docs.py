@@ -20,17 +20,28 @@ USE = {
     "kv": ("model", "model.generate(**inputs, max_new_tokens=256)"),
     "dllm": ("model", "run.generate(prompt_ids, gen_length=128)"),
 }
+TITLES = {
+    "denoise": "Diffusion transformers (`denoise`)",
+    "kv": "K/V caches of language and vision-language models (`kv`)",
+    "dllm": "Diffusion language models (`dllm`)",
+}
 BEGIN, END = "<!-- methods: made by tools/make_docs.py -->", "<!-- /methods -->"
 
 
 def table() -> str:
-    """A row per method: name, what it does, where it acts, paper."""
-    rows = ["| method | what it does | acts at | source |", "| --- | --- | --- | --- |"]
-    for cls in sorted(registry().values(), key=lambda c: (c.family, c.control, c.name)):
-        paper = f"[{cls.paper.venue}]({cls.paper.url})" if cls.paper else "–"
-        levels = ", ".join(getattr(cls, "levels", ()))
-        rows.append(f"| `{cls.name}` | {cls.description} | {levels} | {paper} |")
-    return "\n".join(rows)
+    """A table per family: name, what it does, where it acts if that differs, paper."""
+    parts = []
+    for family, title in TITLES.items():
+        mine = [cls for cls in registry().values() if cls.family == family]
+        with_levels = any(getattr(cls, "levels", ()) for cls in mine)
+        heads = ["method", "what it does", *(["acts at"] if with_levels else []), "source"]
+        parts += [f"### {title}", "", f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+        for cls in sorted(mine, key=lambda c: (c.control, c.name)):
+            paper = f"[{cls.paper.venue}]({cls.paper.url})" if cls.paper else "–"
+            levels = [", ".join(getattr(cls, "levels", ()))] if with_levels else []
+            parts.append(f"| {' | '.join([f'`{cls.name}`', cls.description, *levels, paper])} |")
+        parts.append("")
+    return "\n".join(parts[:-1])
 
 
 def page(cls: type[Method]) -> str:

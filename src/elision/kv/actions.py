@@ -117,8 +117,8 @@ class Merge:
 
     Scores have to be the same for all heads [B, 1, n]; what stays is put in the order of time. The oldest `first` and
     the newest real token of a row always stay and take nothing in; of the others, the best are anchors. An anchor's key
-    and value become the plain mean of its own and of those assigned to it, over vectors as they are cached. Where no anchor
-    is left, tokens are dropped.
+    and value become the plain mean of its own and of those assigned to it, over vectors as they are cached. Where no
+    anchor is left, tokens are dropped.
 
     Attributes:
         first: the oldest real tokens that always stay.

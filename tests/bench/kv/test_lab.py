@@ -40,6 +40,17 @@ def test_a_lead_is_positive_where_ours_is_better(lab: KVLab) -> None:
     assert lab.lead(snap, None, "exact", "passkey", LENGTH).mean == pytest.approx(sum(right[0]) / 3 - sum(right[1]) / 3)
 
 
+def test_shares_are_of_a_16_bit_cache(lab: KVLab, tiny: LanguageSubject) -> None:
+    """By hand, for a model in float32: what is not packed counts half."""
+    packing, evicting = method("mikv"), method("snapkv:budget=64")
+    assert lab.share(evicting, "passkey", LENGTH) == pytest.approx(64 / LENGTH, rel=0.15)
+    outcome = lab.outcomes(packing, "passkey", LENGTH)[0]
+    assert outcome.exact_share == pytest.approx(0.2, abs=0.01)
+    exact = outcome.exact_share * outcome.bytes_full
+    want = (outcome.bytes_held - exact + exact / 2) / (outcome.bytes_full / 2)
+    assert lab.share(packing, "passkey", LENGTH) == pytest.approx(want, rel=0.02)
+
+
 def test_few_recordings_are_kept(lab: KVLab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("elision.bench.kv.lab._REMEMBERED", 1000)
     for task in ("passkey", "lines", "continuation"):

@@ -1,6 +1,6 @@
 """Claims of ZipCache (arXiv 2405.14256) and MiKV (arXiv 2402.18096), and of plain rounding as a baseline.
 
-Shares of bytes are of a float32 cache here: a share of 6.25 % is two bits for every number.
+Shares of bytes are of a 16-bit cache, as published, whatever the type of the model at hand (see `KVLab.share`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RTN = "uniform_rtn:bits={},residual=32"
 def h2o_of(lab: KVLab, other: str, task: str, length: int) -> str:
     """H2O with a budget that holds about as many bytes as another method."""
     share = lab.share(method(other), task, length)
-    return f"h2o:budget={max(round(share, 3), 0.01)}"
+    return f"h2o:budget={min(max(round(share, 3), 0.01), 1.0)}"
 
 
 @claim(
@@ -114,7 +114,8 @@ def four_bits_lose_nothing(lab: KVLab, length: int) -> Iterator[Measured]:
     ours = method("mikv:lo_bits=4")
     for task in ("needle", "turns", "lines"):
         full = lab.values(None, "exact", task, length)
-        held = f"{lab.share(ours, task, length):.1%} of the bytes; full cache {sum(full) / len(full):.0%} right"
+        share, right = lab.share(ours, task, length), sum(full) / len(full)
+        held = f"{share:.1%} of a 16-bit cache's bytes; full cache {right:.0%} right"
         yield Measured(f"{task}, mikv:lo_bits=4", lab.lead(None, ours, "exact", task, length), held)
 
 

@@ -77,6 +77,9 @@ def compare_kv(
     if timing:
         trials.time(length, timing, steps)
     notes = [f"{arm.label}: {arm.why}" for arm in arms if arm.why]
+    if subject.model.dtype.itemsize > 2:
+        kind = str(subject.model.dtype).removeprefix("torch.")
+        notes.append(f"Bytes are beside a full cache in {kind}; beside one in 16 bits packed tokens save half as much")
     return KVComparison(subject.name, [t.name for t in chosen], length, seeds, arms, notes)
 
 

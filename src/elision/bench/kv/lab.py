@@ -122,14 +122,21 @@ class KVLab:
         return stats.difference(mine, other) if what in ("exact", "agree") else stats.difference(other, mine)
 
     def share(self, method: KVMethod, task: str, length: int) -> float:
-        """Bytes held as a share of the full cache's, on average."""
-        values = self.values(method, "share", task, length)
+        """Bytes held as a share of a full cache in 16 bits, on average.
+
+        A model in float32 holds tokens that are not packed in twice as many bytes as it is published with; codes and
+        their parameters take the same. Counted against float32, packing would look twice as good beside eviction.
+        """
+        times = float(self.subject.model.dtype.itemsize) / 2
+        values = [o.share * times - o.exact_share * (times - 1) for o in self.outcomes(method, task, length)]
         return sum(values) / len(values)
 
     def versus(self, ours: str, theirs: str, task: str, length: int, what: str = "nll") -> Measured:
         """The lead of one method over another, each as text; what was held stands in the setting."""
         mine, other = method(ours), method(theirs)
-        held = f"{self.share(mine, task, length):.1%} and {self.share(other, task, length):.1%} of the bytes"
+        held = (
+            f"{self.share(mine, task, length):.1%} and {self.share(other, task, length):.1%} of a 16-bit cache's bytes"
+        )
         value = self.lead(mine, other, what, task, length)
         return Measured(f"{task}, {ours} against {theirs}", value, held)
 
@@ -137,7 +144,9 @@ class KVLab:
         """The lead of a method over the full cache."""
         mine = method(ours)
         full = self.values(None, what, task, length)
-        remark = f"{self.share(mine, task, length):.1%} of the bytes; full cache {sum(full) / len(full):.3g}"
+        remark = (
+            f"{self.share(mine, task, length):.1%} of a 16-bit cache's bytes; full cache {sum(full) / len(full):.3g}"
+        )
         return Measured(f"{task}, {ours} against the full cache", self.lead(mine, None, what, task, length), remark)
 
     # -- what is kept --------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ class Outcome:
         bytes_held, bytes_peak: of this prompt's row, from the tensors' storages, after the last answer.
         bytes_full: what the full cache holds then.
         layers: tokens that every managed layer held after the prompt, on average over heads.
+        exact_share: share of the prompt's tokens that were held as they are, not packed; average over layers and heads.
     """
 
     task: str
@@ -53,6 +54,7 @@ class Outcome:
     bytes_peak: int
     bytes_full: int
     layers: list[float] = field(default_factory=list)
+    exact_share: float = 1.0
 
     @property
     def share(self) -> float:
@@ -178,7 +180,7 @@ def trial(subject: LanguageSubject, method: KVMethod, truth: Truth, profile: Any
     with applied(subject.model, method, profile, notes) as run:
         cache = run.cache()
         logits = _prompt(subject, run, recording, cache)
-        layers, kept = _held(run, cache, recording.ids.shape[1])
+        layers, exact, kept = _held(run, cache, recording.ids.shape[1])
         predicted = _play(subject, prompts, cache, logits, truth.answers)
         report = run.report()
     rows = len(prompts)
@@ -186,6 +188,7 @@ def trial(subject: LanguageSubject, method: KVMethod, truth: Truth, profile: Any
     outcomes = _judge(truth, predicted, sizes)
     for row, outcome in enumerate(outcomes):
         outcome.layers = [float(counts[row]) for counts in layers]
+        outcome.exact_share = float(exact[row])
     return Trial(outcomes, report, kept, [*notes, *report.notes])
 
 
@@ -282,9 +285,11 @@ def _judge(truth: Truth, predicted: Sequence[Tensor], sizes: tuple[int, int]) ->
     return found
 
 
-def _held(run: KVApplied, cache: DynamicCache, tokens: int) -> tuple[list[Tensor], Kept]:
-    """Tokens per row of every managed layer, on average over heads; and where those of the first row are."""
+def _held(run: KVApplied, cache: DynamicCache, tokens: int) -> tuple[list[Tensor], Tensor, Kept]:
+    """Tokens per row of every managed layer, on average over heads; the share of them that is not packed, per row; and
+    where the tokens of the first row are."""
     layers: list[Tensor] = []
+    exact: list[Tensor] = []
     held, packed = torch.zeros(tokens), torch.zeros(tokens)
     heads = 0
     for store in (cache.layers[i].store for i in run.layers):
@@ -292,10 +297,11 @@ def _held(run: KVApplied, cache: DynamicCache, tokens: int) -> tuple[list[Tensor
         real = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid.expand_as(positions)
         layers.append(real.sum(-1).float().mean(-1))
         n = store.n - store.dense.n  # tiers are read first
+        exact.append(real[..., n:].sum(-1).float().mean(-1))
         groups = store.dense["k"].shape[1]
         share = groups / positions.shape[1]
         heads += groups
         for where, slots in ((packed, slice(0, n)), (held, slice(n, None))):
             places, counted = positions[0, :, slots].long(), real[0, :, slots]
             where.index_add_(0, places[counted].cpu(), torch.full((int(counted.sum()),), share))
-    return layers, Kept((held / heads).tolist(), (packed / heads).tolist())
+    return layers, torch.stack(exact).mean(0) / tokens, Kept((held / heads).tolist(), (packed / heads).tolist())

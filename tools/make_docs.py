@@ -15,6 +15,11 @@ from pathlib import Path
 from elision.method import Method, describe_range, registry
 
 ROOT = Path(__file__).parent.parent
+USE = {
+    "denoise": ("pipe", 'pipe("sneaker")'),
+    "kv": ("model", "model.generate(**inputs, max_new_tokens=256)"),
+    "dllm": ("model", "run.generate(prompt_ids, gen_length=128)"),
+}
 BEGIN, END = "<!-- methods: made by tools/make_docs.py -->", "<!-- /methods -->"
 
 
@@ -39,7 +44,8 @@ def page(cls: type[Method]) -> str:
     if not dataclasses.fields(cls):
         lines.append("| – | | | |")
     lines += ["", "## Targets", "", ", ".join(f"`{t}`" for t in cls.targets()) or "–"]
-    lines += ["", "## Use", "", "```python", f'with elision.apply(pipe, "{cls.name}") as run:', '    pipe("sneaker")']
+    target, call = USE[cls.family]
+    lines += ["", "## Use", "", "```python", f'with elision.apply({target}, "{cls.name}") as run:', f"    {call}"]
     lines += ["print(run.report())", "```", ""]
     return "\n".join(lines)
 

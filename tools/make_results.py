@@ -89,10 +89,11 @@ def claims() -> str:
         counts[row["verdict"]] = counts.get(row["verdict"], 0) + 1
     summary = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items(), key=lambda item: -item[1]))
     setting = head["setting"]
+    prompts = f", {setting['prompts']} prompts of {setting['length']} tokens per task" if setting.get("prompts") else ""
     return (
         f"## What the papers say, measured here\n\n`elision reproduce all` on `{setting.get('model')}`, seeds "
-        f"{setting.get('seeds')}: {summary}. The verdict is computed: a claim holds where the whole 95 % interval lies "
-        "on the claimed side.\n\n"
+        f"{setting.get('seeds')}{prompts}: {summary}. The verdict is computed: a claim holds where the whole 95 % "
+        "interval lies on the claimed side.\n\n"
         + table(("claim", "paper", "T", "setting", "ours", "verdict"), body)
         + f"\n\n*{head['environment'].get('date', '')[:10]}*\n"
     )
@@ -132,9 +133,69 @@ def serving() -> str:
     )
 
 
+def kv_speed() -> str:
+    """The last run of `benchmarks/kv_speed.py`."""
+    found = lines("kv_speed.jsonl")
+    if not found:
+        return ""
+    about, rows = found[-1]["environment"], found[-1]["table"]
+
+    def ratio(ends: Sequence[float]) -> str:
+        return f"{ends[0]:.3f} [{ends[1]:.3f}, {ends[2]:.3f}]"
+
+    body = [
+        (
+            f"`{row['row']}`",
+            f"{row['prefill_seconds']:.2f}",
+            ratio(row["prefill_ratio"]),
+            f"{row['decode_ms']:.1f}",
+            ratio(row["decode_ratio"]),
+            f"{row['bytes_held'] / 2**20:.1f}" if row["bytes_held"] else "–",
+            f"{row['bytes_peak'] / 2**20:.1f}" if row["bytes_peak"] else "–",
+        )
+        for row in rows
+    ]
+    columns = ("cache", "prompt, s", "over the full cache", "token, ms", "over the full cache", "MiB held", "MiB peak")
+    facts = ", ".join(f"{key} {value}" for key, value in about.items() if key not in ("benchmark", "date"))
+    return (
+        f"## Speed of K/V caches\n\n{about['model']}, a prompt of {about['length']} tokens, {about['steps']} tokens "
+        "decoded in every round; `benchmarks/kv_speed.py`. Ratios are paired with `DynamicCache` in the same round; "
+        f"below 1 is faster.\n\n{table(columns, body)}\n\n*{about['date'][:10]}; {facts}*\n"
+    )
+
+
+def kv_quality() -> str:
+    """The last `elision compare kv` that was kept as `results/kv_compare.jsonl`."""
+    found = lines("kv_compare.jsonl")
+    if not found:
+        return ""
+    head, rows = found[0], [record["row"] for record in found[1:] if record["kind"] == "row"]
+    setting = head["setting"]
+    body = [
+        (
+            f"`{row['label']}`",
+            f"{row['share']['mean']:.1%}",
+            *(interval(row["scores"].get(task)) for task in setting["tasks"]),
+            interval(row["nll"]),
+            interval(row["kl"]),
+        )
+        for row in rows
+        if row["share"] is not None
+    ]
+    columns = ("cache", "bytes", *setting["tasks"], "Δ nats", "KL")
+    missing = [f"`{row['label']}`: {row['why']}" for row in rows if row["share"] is None]
+    return (
+        f"## Quality of K/V caches\n\n{setting['model']}, {len(setting['seeds'])} prompts of {setting['length']} "
+        "tokens per task; `elision compare kv`. Tasks: share of right answers, continuation: perplexity of what the "
+        "full cache says; Δ nats: answer tokens' negative log-likelihood minus the full cache's; intervals over "
+        "prompts.\n\n"
+        f"{table(columns, body)}\n\n{'; '.join(missing)}\n\n*{head['environment'].get('date', '')[:10]}*\n"
+    )
+
+
 def main() -> None:
     """Write the page."""
-    parts = [part for part in (speed(), claims(), serving()) if part]
+    parts = [part for part in (speed(), claims(), kv_quality(), kv_speed(), serving()) if part]
     intro = "# Results\n\nMade by `tools/make_results.py` from the files in `results/`.\n\n"
     (ROOT / "docs" / "results.md").write_text(intro + "\n".join(parts))
 

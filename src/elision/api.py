@@ -34,7 +34,8 @@ def apply(
     """Turn a cache on; `remove()` on what it returns, or leaving the `with` block, turns it off exactly.
 
     Args:
-        target: a diffusers pipeline or its denoiser.
+        target: a diffusers pipeline or its denoiser; a transformers decoder or vision-language model; or a
+            masked-diffusion language model (`elision.dllm`).
         method: the name of a method (see `methods()`), an option object, or a list of them to act together.
         steps: number of steps, or the timesteps, for bare denoisers; pipelines tell by themselves.
         cond: conditional rows of calls that carry both guidance branches, where the adapter does not know.

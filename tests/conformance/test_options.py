@@ -158,7 +158,7 @@ def test_bad_options_leave_the_target_alone() -> None:
 def test_a_bare_denoiser_is_asked_for_its_steps() -> None:
     """By exactly the methods that must know where the run ends."""
     loop = Loop("flux")
-    for name in METHODS:
+    for name in known_methods():
         cls = find(name)
         needs = bool(getattr(cls(), "tail_steps", 0))
         before = snapshot(loop.model)

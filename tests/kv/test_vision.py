@@ -43,3 +43,21 @@ def test_a_prompt_with_an_image(name: str) -> None:
     assert torch.allclose(out[1][0], plain[1][0], atol=1e-5)
     assert report.bytes_held < report.bytes_full
     assert same(plain, generate(model, **prompt))
+    assert f"image tokens: {sum(h for h, _ in report.images.values()) / 2:.0f} of 4 held" in str(report)
+
+
+@pytest.mark.parametrize("name", ["llava", "idefics3", "smolvlm", "qwen2_5_vl"])
+def test_scorers_know_the_image_tokens(name: str) -> None:
+    """By their positions, through eviction, in every row and head."""
+    model, prompt = tiny(name), inputs(name)
+    with elision.apply(model, "h2o", budget=14) as run:
+        cache = run.cache()
+        generate(model, **prompt, past_key_values=cache)
+        book = cache.layers[run.layers[0]].book
+        generate(model, torch.cat([prompt["ids"], torch.randint(10, 64, (1, 13))], 1), past_key_values=cache)
+        assert book.images.nonzero()[:, 1].tolist() == [6, 7, 8, 9]
+        for layer, store in book.stores.items():
+            places = run.kept(cache)[layer]
+            expected = ((places >= 6) & (places < 10)).sum(-1)
+            assert torch.equal(book.image_slots(store).sum(-1).expand_as(expected), expected)
+            assert run.report().images[layer] == (float(expected.float().mean()), 4)

@@ -6,6 +6,7 @@ import copy
 import itertools
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
@@ -28,6 +29,7 @@ class Book:
         state: what a method remembers across layers (tensors have the batch in front).
         broken: a forward broke off and left layers unequal; the cache cannot be used again.
         padding: padding tokens that each row has seen, [B]; None if there were none.
+        images: which tokens of prompts stand for a part of an image, [B, <= seen]; None where the model has no images.
     """
 
     def __init__(self, session: KVApplied, layers: list[int]) -> None:
@@ -38,6 +40,7 @@ class Book:
         self.recording = False
         self.broken = False
         self.padding: Tensor | None = None
+        self.images: Tensor | None = None
         self.state: dict[str, Any] = {}
         self._scratch: dict[str, Tensor] = {}
 
@@ -64,6 +67,22 @@ class Book:
         """Bytes held by all managed layers."""
         return sum(store.nbytes for store in self.stores.values())
 
+    def see_images(self, new: Tensor, first: int) -> None:
+        """Note which tokens of a prompt, [B, m] from sequence index `first` on, stand for a part of an image."""
+        before = new.new_zeros(len(new), first)
+        if self.images is not None:
+            known = self.images[:, :first]
+            before[:, : known.shape[1]] = known
+        self.images = torch.cat([before, new], 1)
+
+    def image_slots(self, store: LayerStore) -> Tensor | None:
+        """Which slots of a layer stand for a part of an image, [B, G or 1, n]; None where the model has no images."""
+        if self.images is None:
+            return None
+        places = store.positions().long()
+        known = self.images[:, None].expand(-1, places.shape[1], -1)
+        return known.gather(2, places.clamp(max=known.shape[2] - 1)) & (places < known.shape[2])
+
     def scratch(self, name: str, like: Tensor, n: int) -> Tensor:
         """A buffer [B, G, n, D] that all layers share; what it held is lost."""
         b, g, _, d = like.shape
@@ -76,6 +95,7 @@ class Book:
     def map_batch(self, f: MapBatch) -> None:
         """Apply `f` to the rows of everything that crosses layers."""
         self.padding = None if self.padding is None else f(self.padding)
+        self.images = None if self.images is None else f(self.images)
         self.state = {k: f(v) if isinstance(v, Tensor) and v.ndim else v for k, v in self.state.items()}
 
     def settle(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from elision.errors import ElisionError, ElisionWarning, OptionError, UnsupportedTarget
-from elision.hooks.taps import tap_method
+from elision.hooks.taps import tap_call, tap_method
 from elision.hooks.transformers import Attention, Host, Out, Seam
 from elision.kv.attend import attend
 from elision.kv.book import Book, adopt
@@ -89,6 +89,10 @@ class KVApplied(Applied):
             self.remove()
             raise
         self._taps.extend(self._seam.taps)
+        self._ids: Tensor | None = None
+        self._image = _image_token(target)
+        if self._image is not None:
+            self._taps.append(tap_call(target, self._whole))
         if hasattr(target, "generate"):
             self._taps.append(tap_method(target, "generate", self._generate))
 
@@ -138,6 +142,7 @@ class KVApplied(Applied):
             if self._forward is None and not book.broken:
                 book.settle()
                 self.ledger.take(book)
+                self.ledger.look(book)
         return self.ledger.report([repr(m) for m in self.methods], self.target)
 
     def act(self, call: Call) -> None:
@@ -181,6 +186,15 @@ class KVApplied(Applied):
                 book.settle()
                 book.recording = False
                 self.ledger.take(book)
+                self.ledger.look(book)
+
+    def _whole(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Around the whole vision-language model, whose token ids tell which rows of the decoder are image parts."""
+        outer, self._ids = self._ids, kwargs.get("input_ids", args[0] if args else None)
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            self._ids = outer
 
     def _decoder(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = list(self._signature.parameters)[1 : len(args) + 1]
@@ -231,6 +245,8 @@ class KVApplied(Applied):
             book.prompt_until, self._announced = first + self._announced, None
         drafts = 0 if book.prompt_until is None else max(first + m - max(book.prompt_until, first), 0)
         phase, starts = self._phase(book, first, m)
+        if self._image is not None and self._ids is not None and phase != "step":
+            book.see_images(self._ids.eq(self._image), first)
         new = None if mask is None else mask[:, -m:].bool()
         if new is not None and bool(new.all()):
             new = None
@@ -399,6 +415,14 @@ def _describe(host: Host, layers: list[int], module: nn.Module, profile: Any) ->
     heads = int(config.num_attention_heads)
     groups = int(getattr(config, "num_key_value_heads", None) or heads)
     return KVHost(tuple(layers), heads, groups, profile, config)
+
+
+def _image_token(target: Any) -> int | None:
+    """The id that stands for a part of an image in the prompts of a vision-language model."""
+    for name in ("image_token_id", "image_token_index"):
+        if isinstance(found := getattr(target.config, name, None), int):
+            return found
+    return None
 
 
 def _check_pseudo(host: Host, pseudo: Any) -> None:

@@ -94,6 +94,10 @@ class Call:
             self.keys = self.store.read(self.book.scratch)[0]
         return self.keys
 
+    def images(self) -> Tensor | None:
+        """Which slots stand for a part of an image, [B, G or 1, n]; None where the model has no images."""
+        return self.book.image_slots(self.store)
+
     def probs(self, rows: int, q: Tensor | None = None, q_valid: Tensor | None = None) -> Tensor:
         """Softmax weights of the newest `rows` tokens over every slot: [B, G, g, rows, n], float32.
 

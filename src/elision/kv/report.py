@@ -27,6 +27,8 @@ class KVReport(Report):
         tokens_seen: tokens that passed, of the last cache, per row and padding included.
         slots: slots that every managed layer of the last cache holds per head, by layer.
         evicted, demoted, merged: how many slots (per row and KV head) were dropped, packed or merged, by layer.
+        images: of a vision-language model, how many image slots every layer of the last cache holds, of how many, by
+            layer (all rows, mean over heads).
         bytes_full: bytes that the last cache would hold if nothing had left, without growth buffers.
         error: in shadow mode, mean relative error of the attention output by layer.
     """
@@ -38,6 +40,7 @@ class KVReport(Report):
     evicted: dict[int, int] = field(default_factory=dict)
     demoted: dict[int, int] = field(default_factory=dict)
     merged: dict[int, int] = field(default_factory=dict)
+    images: dict[int, tuple[float, int]] = field(default_factory=dict)
     bytes_full: int = 0
     error: dict[int, float] = field(default_factory=dict)
 
@@ -56,6 +59,9 @@ class KVReport(Report):
             f"  {sum(self.evicted.values())} slots evicted, {sum(self.demoted.values())} packed, "
             f"{sum(self.merged.values())} merged; {self.seconds.deciding:.2f} s deciding of {self.seconds.total:.2f} s",
         ]
+        if self.images:
+            held, seen = (sum(x) / len(self.images) for x in zip(*self.images.values(), strict=True))
+            lines.append(f"  image tokens: {held:.0f} of {seen:.0f} held per layer")
         if self.error:
             mean = sum(self.error.values()) / len(self.error)
             lines.append(f"  attention output differs by {mean:.1%} on average from that over the full cache")
@@ -71,6 +77,7 @@ class Ledger:
         self.slots: dict[int, int] = {}
         self.lost: dict[int, dict[int, tuple[int, int, int]]] = {}
         self.seconds = Seconds()
+        self.images: dict[int, tuple[float, int]] = {}
         self.errors: dict[int, tuple[float, int]] = {}
         self.notes: list[str] = []
         self._known: set[int] = set()
@@ -99,6 +106,17 @@ class Ledger:
             for s in stores.values()
         )
         self.lost[key] = {i: (s.evicted, s.demoted, s.merged) for i, s in stores.items()}
+
+    def look(self, book: Book) -> None:
+        """Count the image tokens that a cache still holds; takes device time, so it is asked for rarely."""
+        if book.images is None:
+            return
+        total = int(book.images.sum())
+        for index, store in book.stores.items():
+            held, valid = book.image_slots(store), store.valid()
+            assert held is not None
+            held = held if valid is None else held & valid
+            self.images[index] = (float(held.sum()) / held.shape[1], total)
 
     def compare(self, store: LayerStore, att: Attention, out: Tensor, rows: int) -> None:
         """Shadow mode: the first `rows` queries over every token ever seen (these copies are not in `bytes_held`)."""
@@ -135,6 +153,7 @@ class Ledger:
             evicted=lost[0],
             demoted=lost[1],
             merged=lost[2],
+            images=dict(self.images),
             bytes_full=self.full,
             error={i: total / count for i, (total, count) in self.errors.items()},
         )

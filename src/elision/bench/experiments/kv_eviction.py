@@ -79,7 +79,7 @@ def snapkv_against_h2o(lab: KVLab, length: int) -> Iterator[Measured]:
 )
 def snapkv_forgets(lab: KVLab, length: int) -> Iterator[Measured]:
     """Three questions about one text."""
-    yield lab.against_full("snapkv:budget=64", "turns", length, "exact")
+    yield lab.against_full("snapkv:budget=128", "turns", length, "exact")
 
 
 @claim(

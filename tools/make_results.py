@@ -67,6 +67,77 @@ def interval(value: Mapping[str, Any] | None) -> str:
     return text if value.get("low") is None else f"{text} [{value['low']:.3g}, {value['high']:.3g}]"
 
 
+def dllm_quality() -> str:
+    """The last `elision compare dllm` that was kept as `results/dllm_compare.jsonl`."""
+    found = lines("dllm_compare.jsonl")
+    rows = [row["row"] for row in found if row.get("kind") == "row"]
+    if not rows:
+        return ""
+    body = [
+        (
+            row["length"],
+            f"`{row['label']}`",
+            interval(row["exact"]),
+            f"{row['speed']:.1f}",
+            interval(row["speedup"]),
+            f"{row['calls']:.3g}",
+            f"{row['layers_ratio']:.2f}",
+            f"{row['bytes_peak'] / 2**20:.1f}" if row["bytes_peak"] else "–",
+            interval(row["lead"]),
+        )
+        for row in rows
+    ]
+    columns = (
+        "length",
+        "arm",
+        "exact match",
+        "tokens/s",
+        "speed-up",
+        "calls",
+        "fewer rows",
+        "MiB peak",
+        "Δ fewer steps",
+    )
+    setting = found[0]["setting"]
+    return (
+        f"## Caches of masked-diffusion models\n\n`elision compare dllm` on {setting['model']}, tasks "
+        f"{', '.join(setting['tasks'])}, one question at a time. *Fewer rows* is the factor of token-layers, *Δ* exact "
+        "match minus that of plain decoding with as few calls as cost at least as much.\n\n"
+        f"{table(columns, body)}\n\n*{found[0]['environment'].get('date', '')[:10]}*\n"
+    )
+
+
+def dllm_speed() -> str:
+    """The last run of `benchmarks/dllm_speed.py` for every model and batch."""
+    last = {(run["environment"]["model"], run["environment"]["batch"]): run for run in lines("dllm_speed.jsonl")}
+    body = []
+    for (model, batch), run in last.items():
+        for row in run["table"]:
+            mean, low, high = row["speedup"]
+            met = [row[key] for key in ("faster_than_no_cache", "at_least_three_times_within_one_point") if key in row]
+            body.append(
+                (
+                    f"{model}, batch {batch}",
+                    f"`{row['row']}`",
+                    f"{row['tokens_per_second']:.1f}",
+                    f"{mean:.2f}" if low is None else f"{mean:.2f} [{low:.2f}, {high:.2f}]",
+                    f"{row['token_layers_fewer']:.2f}",
+                    f"{row['exact_match']:.0%}" if "exact_match" in row else "–",
+                    ", ".join("yes" if one else "no" for one in met) or "–",
+                )
+            )
+    if not body:
+        return ""
+    about = next(iter(last.values()))["environment"]
+    columns = ("model", "row", "tokens/s", "over no cache", "fewer rows", "exact match", "criteria met")
+    return (
+        f"## Speed of caches of masked-diffusion models\n\nPrompt and answer of {about['length']} tokens; "
+        "`benchmarks/dllm_speed.py`. Asked of every method: faster than no cache; of Elastic-Cache also: at least "
+        f"three times as fast at an exact match within one point.\n\n{table(columns, body)}\n\n*{about['date'][:10]}; "
+        f"{about['cpu']}, {about['threads']} threads*\n"
+    )
+
+
 def claims() -> str:
     """The last run of `elision reproduce all`."""
     found = lines("reproduce.jsonl")
@@ -195,7 +266,9 @@ def kv_quality() -> str:
 
 def main() -> None:
     """Write the page."""
-    parts = [part for part in (speed(), claims(), kv_quality(), kv_speed(), serving()) if part]
+    parts = [
+        part for part in (speed(), claims(), kv_quality(), kv_speed(), dllm_quality(), dllm_speed(), serving()) if part
+    ]
     intro = "# Results\n\nMade by `tools/make_results.py` from the files in `results/`.\n\n"
     (ROOT / "docs" / "results.md").write_text(intro + "\n".join(parts))
 

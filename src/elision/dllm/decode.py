@@ -21,6 +21,7 @@ from elision.tensors.slots import Rows
 
 REMASKING = ("low_confidence", "random", "random_order", "entropy", "maskgit_plus", "topk_margin")
 _DREAM = ("entropy", "maskgit_plus", "topk_margin")
+_ELSEWHERE = {"max_new_tokens": "gen_length", "alg": "remasking", "confidence_threshold": "threshold"}  # same, elsewhere
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Decoding:
         """The settings that were asked for; unknown names raise with the nearest one."""
         known = [f.name for f in dataclasses.fields(cls)]
         for name in asked:
+            if name in _ELSEWHERE:
+                raise UnknownName(f"unknown setting of the sampler {name!r}: here it is called {_ELSEWHERE[name]!r}")
             if name not in known:
                 raise UnknownName.of("setting of the sampler", name, known)
         return cls(**asked)
@@ -83,9 +86,12 @@ class Decoding:
         ):
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, choices))}")
-        for name in ("temperature", "cfg_scale"):
-            if not getattr(self, name) >= 0:
-                raise OptionError(f"{name}={getattr(self, name)!r} is out of range; it must be at least 0")
+        for name in ("temperature", "cfg_scale", "threshold"):
+            value = getattr(self, name)
+            if name == "threshold" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+                raise OptionError(f"{name}={value!r} is out of range; it must be a number of at least 0")
         if self.gen_length % self.block:
             raise OptionError(
                 f"gen_length={self.gen_length} is no multiple of block_length={self.block}: choose one that divides it"
@@ -97,6 +103,19 @@ class Decoding:
             )
         if self.window is not None and self.block_length is not None:
             raise OptionError("window and block_length are two ways to go from left to right: give one of them")
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        if self.threshold is not None:
+            if self.remasking == "random_order":
+                raise OptionError("remasking='random_order' fixes the order beforehand, a threshold does not: give one")
+            return
+        most = -(-self.block // (self.calls // self.blocks))  # tokens that the first call commits
+        if self.window is not None and self.window < most and not self.time_grid:
+            raise OptionError(
+                f"window={self.window} is smaller than the {most} tokens that a call commits "
+                f"(gen_length={self.gen_length} in steps={self.calls}): raise window or steps"
+            )
 
     @property
     def block(self) -> int:
@@ -159,8 +178,8 @@ class Step:
 
     @property
     def overtime(self) -> bool:
-        """Whether the schedule of the block is used up."""
-        return self.calls is not None and self.i >= self.calls
+        """Whether the schedule of the block is used up and something is left to decide."""
+        return self.calls is not None and self.i >= self.calls and self.need.pos.shape[1] > 0
 
 
 Call = Callable[
@@ -279,8 +298,7 @@ class Sampler:
         """The positions to be decided now under a known order: the `quota` eligible ones of the largest numbers."""
         if order is None:
             return None
-        if quota is None:
-            raise OptionError("remasking='random_order' fixes the order beforehand, a threshold does not: give one")
+        assert quota is not None
         return _top(order.masked_fill(~eligible, -torch.inf), quota) & eligible
 
     def _need(self, wanted: Tensor) -> Rows:

@@ -239,7 +239,9 @@ class _Run:
         """The books in their final form."""
         book, sampler = self.net.book, self.sampler
         whole = self.net.batch * self.net.length * self.net.lm.layers
-        calls = asked.calls if self.decoding.threshold is None and asked.threshold is None else book.calls
+        scheduled = self.decoding.threshold is None and asked.threshold is None
+        complete = not bool(sampler.masked.any())  # a run that was broken off is held against the calls it made
+        calls = asked.calls if scheduled and complete else book.calls
         return DllmRun(
             batch=len(sampler.ids),
             prompt=sampler.prompt,
@@ -284,8 +286,17 @@ def _inputs(prompt: Tensor, mask: Tensor | None, lm: MaskedLM) -> tuple[Tensor, 
     prompt = torch.as_tensor(prompt, device=lm.device)
     if prompt.ndim == 1:
         prompt = prompt[None]
-    if prompt.is_floating_point() or prompt.ndim != 2 or prompt.shape[1] < 1:
+    if prompt.is_floating_point() or prompt.dtype == torch.bool or prompt.ndim != 2 or prompt.numel() < 1:
         raise OptionError(f"prompt_ids of shape {tuple(prompt.shape)} and {prompt.dtype}: give token ids [B, P]")
+    prompt = prompt.long()
+    low, high = (int(x) for x in prompt.aminmax())
+    if low < 0 or high >= lm.vocab:
+        raise OptionError(f"prompt_ids hold {low if low < 0 else high}: token ids go from 0 to {lm.vocab - 1}")
+    if bool((prompt == lm.mask_id).any()):
+        raise OptionError(
+            f"prompt_ids hold the [MASK] token {lm.mask_id}: only what follows the prompt is generated, a mask in it "
+            "would stay; leave it out"
+        )
     if mask is not None:
         mask = torch.as_tensor(mask, device=lm.device)
         mask = mask[None] if mask.ndim == 1 else mask

@@ -240,6 +240,8 @@ def masked_lm(model: Any, *, mask_id: int | None = None, shift: bool | None = No
             f"{type(model).__name__} is no language model: give a transformers model, or what elision.dllm.load returns"
         )
     config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedTarget(f"{type(model).__name__} is an encoder–decoder: give a decoder-only model")
     mask_id = _mask_id(model, config, mask_id)
     if shift is None:
         shift = str(getattr(config, "model_type", "")).lower() in _SHIFTED
@@ -284,8 +286,6 @@ def _is_llada(model: nn.Module) -> bool:
 
 def _check_layout(model: nn.Module) -> None:
     name, config = type(model).__name__, getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedTarget(f"{name} is an encoder–decoder: give a decoder-only model")
     decoder = getattr(model, "model", None)
     missing = [part for part in ("embed_tokens", "layers", "norm", "rotary_emb") if not hasattr(decoder, part)]
     if missing or not hasattr(model, "lm_head"):
@@ -331,7 +331,14 @@ def _compare(model: nn.Module, lm: MaskedLM) -> None:
         return  # kernels that take no such mask; the layout was checked
     ids = torch.arange(_PROBE, device=lm.device)[None] % lm.vocab
     zeros = torch.zeros(1, 1, _PROBE, _PROBE, dtype=lm.dtype, device=lm.device)
-    theirs = model(input_ids=ids, attention_mask=zeros, use_cache=False).logits.float()
+    training = [module for module in model.modules() if module.training]  # dropout would make them differ
+    try:
+        for module in training:
+            module.training = False
+        theirs = model(input_ids=ids, attention_mask=zeros, use_cache=False).logits.float()
+    finally:
+        for module in training:
+            module.training = True
     ours = lm.logits(ids).float()
     limit = 1e-3 if lm.dtype in (torch.float32, torch.float64) else 5e-2
     error = float((theirs - ours).norm() / theirs.norm().clamp(min=1e-9))

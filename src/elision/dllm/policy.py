@@ -86,6 +86,12 @@ class DllmMethod(Method):
                     f"{self.name} decodes with {name}={value!r}, generate was asked for {asked[name]!r}: set the "
                     "option of the method, or leave it out"
                 )
+        if settings.get("window") is not None and asked.get("block_length") is not None:
+            raise OptionError(
+                f"{self.name} slides a window of {settings['window']} masks over the generation, generate was asked for "
+                f"block_length={asked['block_length']}: window and block_length are two ways to go from left to right; "
+                "leave block_length out"
+            )
         return {**asked, **settings}
 
     @classmethod

@@ -25,7 +25,8 @@ Reproduced from the released code: tokens, rows that are run, logits and cached 
 of their position and not reordered, which changes the order of summation only; keys are kept rotated; several samples
 may decide different numbers of tokens, and padding is masked for every model. Under guidance each branch has slots of
 its own and both compute the same rows (inferred: the released code refuses guidance). `prefill` and `pd` were released
-for Dream only; for unshifted models the whole prompt is kept (inferred). Where the paper's text and the released greedy
+for Dream only; for unshifted models the whole prompt is kept (inferred). `greedy` was released for LLaDA only; on
+shifted models P_i also holds the rows that predict D_i (inferred). Where the paper's text and the released greedy
 code differ on the window's centre, the code is the default (`window_on`).
 """
 
@@ -90,7 +91,7 @@ class DKVCache(DllmMethod):
     def policy(self, lm: MaskedLM) -> Policy:
         """Fresh state for one generation."""
         if self.variant == "greedy":
-            return _Greedy(self)
+            return _Greedy(self, lm.shift)
         return _Decode(self, lm.shift) if self.variant == "decode" else _Prompt(self, lm.shift)
 
 
@@ -103,7 +104,7 @@ class _Decode(Policy):
     def rows(self, step: Step) -> Tensor | None:
         if step.i % self.o.interval == 0 or (step.i == 1 and not self.shift):
             return None
-        return ~self.cached(step, first=step.i == 1)
+        return ~self.cached(step, first=step.n == 1)
 
     def cached(self, step: Step, *, first: bool) -> Tensor:
         """Rows that this call reads from the slots; `first`: the call before kept the prompt alone."""
@@ -137,14 +138,16 @@ class _Prompt(_Decode):
 class _Greedy(Policy):
     """Variant greedy: P_i = D_i ∪ D_{i-1} ∪ W."""
 
-    def __init__(self, options: DKVCache) -> None:
-        self.o = options
+    def __init__(self, options: DKVCache, shift: bool) -> None:
+        self.o, self.shift = options, shift
 
     def rows(self, step: Step) -> Tensor | None:
         assert step.next is not None
         if step.i % self.o.interval == 0:
             return None
-        chosen = step.next | step.committed
+        chosen = step.next | step.committed if self.o.delay else step.next
+        if self.shift:
+            chosen = chosen | step.need.mask()  # the rows that predict D_i
         if self.o.window == 0:
             return chosen
         anchors = step.next if self.o.window_on == "next" else step.committed
@@ -154,7 +157,7 @@ class _Greedy(Policy):
             for d in range(-low, high + 1):
                 near |= _moved(anchors, d)
             return chosen | (near & step.masked)
-        return _walk(chosen, step, self.o.window)
+        return _walk(chosen, step.before if self.o.delay else step.masked, step, self.o.window)
 
 
 def _moved(chosen: Tensor, by: int) -> Tensor:
@@ -166,15 +169,15 @@ def _moved(chosen: Tensor, by: int) -> Tensor:
     return out
 
 
-def _walk(chosen: Tensor, step: Step, window: int) -> Tensor:
-    """Add to `chosen` the `window` nearest masked positions around every anchor in turn, left before right."""
+def _walk(chosen: Tensor, masked: Tensor, step: Step, window: int) -> Tensor:
+    """Add to `chosen` the `window` nearest positions in `masked` around every anchor in turn, left before right."""
     chosen, place = chosen.clone(), torch.arange(chosen.shape[1], device=chosen.device)
     far = 4 * len(place)
     anchors, live = _in_order(step)
     for anchor, present in zip(anchors.unbind(1), live.unbind(1), strict=True):
         distance = place - anchor[:, None]  # [B, N]
         cost = 2 * distance.abs() - (distance < 0).long()
-        free = step.before & ~chosen & present[:, None]
+        free = masked & ~chosen & present[:, None]
         cost = cost.masked_fill(~free, far)
         nearest = cost.topk(min(window, len(place)), dim=1, largest=False)
         chosen.scatter_(1, nearest.indices, chosen.gather(1, nearest.indices) | (nearest.values < far))

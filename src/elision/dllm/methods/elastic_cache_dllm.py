@@ -78,8 +78,9 @@ class ElasticCache(DllmMethod):
     )
     query: str = option(
         "union",
-        "Q holds the present window and the tokens just committed, or the window of the step before, which contains "
-        "them (inferred: sources disagree)",
+        "Q holds the present window and the tokens just committed; or the window of the step before, which contains "
+        "them: masks that are new in the window then wait one step, unless a refresh takes them (inferred: sources "
+        "disagree)",
         choices=("union", "previous"),
     )
     requery: bool = option(
@@ -120,7 +121,7 @@ class _Elastic(Policy):
         self.memory: RowMemory | None = None
         self.tracked: Rows | None = None  # T of the step before, [B, τ]
         self.drift: Drift | None = None  # from its attention rows there
-        self.window = torch.empty(0)
+        self.window = self.sources = torch.empty(0)  # of the step before, [B, N]: window, rows that predict it
         self.log: dict[str, list[Any]] = {"sigma": [], "lstar": [], "tracked": []}
 
     def forward(self, step: Step, net: Net) -> tuple[Tensor, Rows | None]:
@@ -138,7 +139,7 @@ class _Elastic(Policy):
         self.tracked = Rows.where(torch.zeros_like(now.decided).scatter_(1, torch.cat(now.picks, dim=1), True))
         found, valid = self.memory.recall(self.tracked)
         self.drift = Drift(found, valid & self.tracked.real(), self.o.sigma)
-        self.window = now.eligible
+        self.window, self.sources = now.eligible, now.sources
         self.log["sigma"].append(torch.stack(now.sigma, dim=1))
         self.log["lstar"].append(lstar)
         self.log["tracked"].append(torch.stack(now.picks))
@@ -161,7 +162,12 @@ class _Now:
         assert state.memory is not None
         self.state, self.o, self.step_, self.net, self.memory = state, state.o, step, net, state.memory
         self.eligible = net.expand(step.eligible)
-        self.window = step.need.repeat(net.branches) if not net.lm.shift else Rows.where(self.eligible)
+        self.sources = net.expand(step.need.mask())
+        self.previous = self.o.query == "previous" and state.tracked is not None
+        if self.previous:
+            self.window = Rows.where(state.window)
+        else:
+            self.window = step.need.repeat(net.branches) if not net.lm.shift else Rows.where(self.eligible)
         self.weight = self.window.real().float()  # [B, β]
         self.decided = ~net.expand(step.masked)
         if net.mask is not None:
@@ -174,13 +180,7 @@ class _Now:
         """Reuse up to the first trigger, refresh above it."""
         net, o, L = self.net, self.o, self.net.lm.layers
         assert self.state.tracked is not None
-        wanted = self.state.tracked.mask() | net.expand(self.step_.need.mask())
-        wanted |= self.state.window if o.query == "previous" else self.eligible
-        if o.requery:
-            wanted |= net.expand(self.step_.committed)
-        elif o.query == "previous":
-            wanted &= ~net.expand(self.step_.committed)
-        rows = Rows.where(wanted)
+        rows = Rows.where(self.state.tracked.mask() | self._wanted())
         rotation, h = net.rotation.at(rows.pos), net.embed(self.step_, rows)
         place, there = self.window.index_in(rows)
         voters = torch.zeros(rows.pos.shape, device=rows.pos.device).scatter_add_(1, place, self.weight * there)
@@ -205,6 +205,15 @@ class _Now:
         h = self.refresh(net.held.h(lstar)[:, :reach], lstar, reach)
         net.note(rows, lstar, reach)
         return h, None, lstar
+
+    def _wanted(self) -> Tensor:
+        """Q [B, N] without the tracked tokens."""
+        committed = self.net.expand(self.step_.committed)
+        window, sources = self.eligible, self.sources
+        if self.previous:
+            window, sources = self.state.window, self.state.sources
+        window = window | committed if self.o.requery else window & ~committed
+        return window | sources if self.net.lm.shift else window
 
     def _reuse(self, layer: int, h: Tensor, rows: Rows, rotation: Rotation, tracked: Tensor, voters: Tensor) -> Tensor:
         block, slots = self.net.lm.blocks[layer], self.net.held
@@ -237,7 +246,7 @@ class _Now:
     def _pick(self, layer: int, attention: Tensor, voters: Tensor) -> None:
         """The decided tokens that the window's rows attend most; attention [B, m, N], voters [B, m] 1 at these rows."""
         score = (voters[:, None] @ attention)[:, 0].masked_fill(~self.decided, -1)
-        best = score.topk(min(self.o.track, self.step_.prompt), dim=1)
+        best = score.topk(min(self.o.track, score.shape[1]), dim=1)
         self.picks[layer] = torch.where(best.values >= 0, best.indices, best.indices[:, :1])  # fewer real tokens
 
     def _reach(self) -> int | None:

@@ -139,11 +139,23 @@ def dllm_speed() -> str:
 
 
 def claims() -> str:
-    """The last run of `elision reproduce all`."""
-    found = lines("reproduce.jsonl")
-    if not found:
+    """Every run of `elision reproduce` that is kept in `results/reproduce.jsonl`."""
+    runs: list[tuple[Any, list[Any]]] = []
+    for line in lines("reproduce.jsonl"):
+        if line["kind"] == "head":
+            runs.append((line, []))
+        elif line["kind"] == "finding":
+            runs[-1][1].append(line)
+    if not runs:
         return ""
-    head, rows = found[0], [row for row in found[1:] if row.get("kind") == "finding"]
+    intro = (
+        "## What the papers say, measured here\n\nThe verdict is computed: a claim holds where the whole 95 % interval "
+        "lies on the claimed side.\n\n"
+    )
+    return intro + "\n\n".join(_run(head, rows) for head, rows in runs) + "\n"
+
+
+def _run(head: Any, rows: list[Any]) -> str:
     seen: set[str] = set()
     body = []
     for row in rows:
@@ -160,13 +172,13 @@ def claims() -> str:
         counts[row["verdict"]] = counts.get(row["verdict"], 0) + 1
     summary = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items(), key=lambda item: -item[1]))
     setting = head["setting"]
-    prompts = f", {setting['prompts']} prompts of {setting['length']} tokens per task" if setting.get("prompts") else ""
+    prompts = f", {setting['prompts']} prompts per task" if setting.get("prompts") else ""
+    seeds = f", seeds {setting['seeds']}" if setting.get("seeds") else ""
+    names = ", ".join(setting.get("names", []))
     return (
-        f"## What the papers say, measured here\n\n`elision reproduce all` on `{setting.get('model')}`, seeds "
-        f"{setting.get('seeds')}{prompts}: {summary}. The verdict is computed: a claim holds where the whole 95 % "
-        "interval lies on the claimed side.\n\n"
+        f"### {names} on `{setting.get('model')}`{seeds}{prompts}\n\n{summary}.\n\n"
         + table(("claim", "paper", "T", "setting", "ours", "verdict"), body)
-        + f"\n\n*{head['environment'].get('date', '')[:10]}*\n"
+        + f"\n\n*{head['environment'].get('date', '')[:10]}*"
     )
 
 

@@ -257,16 +257,29 @@ def test_without_requery_keys_of_committed_tokens_stay_those_of_the_mask() -> No
 
 
 def test_the_window_of_the_step_before() -> None:
-    """It contains what was committed there; present candidates outside it wait."""
+    """It contains what was committed there; present candidates outside it wait, unless a refresh takes them."""
     lm = lm_of("gqa", layers=L)
-    steps: list[Step] = []
-    out, report = run(lm, prompts(1, P), query="previous", on_step=lambda s, x, n: steps.append(s))
-    assert report.last is not None
-    assert lm.mask_id not in out
-    for i in range(1, len(steps)):
-        before = steps[i - 1].eligible[0]
-        assert not bool((before & ~report.last.query[i, 0]).any())
-        assert not bool((steps[i].committed[0] & ~report.last.query[i, 0]).any())
+    waited = 0
+    for gamma, eps in ((-1.0, 1.5), (-1.0, 0.3), (0.9, 0.6)):
+        steps: list[Step] = []
+
+        def on_step(step: Step, logits: Tensor, net: Net, steps: list[Step] = steps) -> None:
+            steps.append(step)
+
+        out, report = run(lm, prompts(1, P), query="previous", gamma=gamma, eps=eps, on_step=on_step)
+        assert report.last is not None
+        assert lm.mask_id not in out
+        tracked = report.last.facts["tracked"]
+        for i in range(1, len(steps)):
+            expected = steps[i - 1].eligible[0].clone()
+            assert not bool((steps[i].committed[0] & ~expected).any())
+            expected[tracked[i - 1].flatten()] = True
+            assert torch.equal(report.last.query[i, 0], expected)
+            new = steps[i].eligible[0] & ~expected
+            waited += int(new.sum())
+            if gamma < 0 and i + 1 < len(steps):
+                assert not bool((steps[i + 1].committed[0] & new).any())
+    assert waited > 0
 
 
 @pytest.mark.parametrize("sync", ["layer", "step"])
@@ -355,9 +368,15 @@ def test_left_padding_is_neither_tracked_nor_attended() -> None:
 
 
 def test_a_prompt_shorter_than_the_number_of_tracked_tokens() -> None:
+    """As soon as enough tokens are decided, that many are tracked."""
     lm = lm_of("gqa", layers=L)
-    out, _ = run(lm, prompts(1, 2), track=5)
+    steps: list[Step] = []
+    out, report = run(lm, prompts(1, 1), track=5, eps=1.5, on_step=lambda s, x, n: steps.append(s))
     assert lm.mask_id not in out
+    assert report.last is not None
+    for step, tracked in zip(steps, report.last.facts["tracked"], strict=True):
+        decided = int((~step.masked).sum())
+        assert [len(set(layer[0].tolist())) for layer in tracked] == [min(5, decided)] * L
 
 
 def test_guidance_keeps_slots_per_branch() -> None:
@@ -378,6 +397,6 @@ def test_window_and_threshold_are_options_of_the_method() -> None:
         for how in ({"window": 8}, {"threshold": 0.5}):
             with pytest.raises(OptionError, match="set the option of the method"):
                 applied.generate(ids, gen_length=G, **how)
-        with pytest.raises(OptionError, match="two ways to go from left to right"):
+        with pytest.raises(OptionError, match=r"slides a window of 4 masks .* two ways to go from left to right"):
             applied.generate(ids, gen_length=G, block_length=7)
         applied.generate(ids, gen_length=G, window=4, threshold=0.9)

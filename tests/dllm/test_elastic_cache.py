@@ -18,6 +18,7 @@ from elision.dllm.methods import elastic_cache_dllm
 from elision.dllm.methods.elastic_cache_dllm import NO_TEST, ElasticCache
 from elision.dllm.passes import Net
 from elision.errors import ElisionWarning, OptionError
+from tests.dllm.box import Box
 from tests.dllm.oracle import full_keys
 from tests.dllm.support import KINDS, lm_of, prompts
 
@@ -397,6 +398,40 @@ def test_window_and_threshold_are_options_of_the_method() -> None:
         for how in ({"window": 8}, {"threshold": 0.5}):
             with pytest.raises(OptionError, match="set the option of the method"):
                 applied.generate(ids, gen_length=G, **how)
-        with pytest.raises(OptionError, match=r"slides a window of 4 masks .* two ways to go from left to right"):
+        with pytest.raises(OptionError, match=r"slides a window of 4 masks, .* two ways to go from left to right"):
             applied.generate(ids, gen_length=G, block_length=7)
         applied.generate(ids, gen_length=G, window=4, threshold=0.9)
+
+
+CHOICES: list[dict[str, Any]] = [
+    {"gamma": 0.95, "eps": 0.6},
+    {"gamma": 0.95, "eps": 1.5, "track": 3, "heads": "max"},
+    {"gamma": 0.9, "eps": 0.4, "sigma": "joined", "unseen": "skip", "track": 2},
+    {"gamma": 0.8, "eps": 0.6, "far_tail": "keep", "mask_block": 3, "sync": "step"},
+    {"gamma": 0.95, "eps": 0.6, "query": "previous", "beta": 2},
+    {"gamma": 0.9, "eps": 0.4, "query": "previous", "far_tail": "keep", "mask_block": 2, "sigma": "joined"},
+    {"gamma": -1.0, "eps": 1.5, "beta": 30},
+    {"gamma": 1.5, "eps": 0.6, "beta": 3, "track": 5},
+]
+
+
+@pytest.mark.parametrize("options", CHOICES, ids=str)
+@pytest.mark.parametrize(("kind", "shift"), [("gqa", False), ("qk_norm", True)])
+def test_every_call_equals_the_algorithm_box(options: dict[str, Any], kind: str, shift: bool) -> None:
+    """Tokens, rows, triggers, σ and tracked tokens, with left padding and a prompt shorter than `track`."""
+    lm = lm_of(kind, shift=shift, layers=L, seed=11)
+    ids, mask = prompts(2, 4, seed=5), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    method = ElasticCache(**{**ANY, **options})
+    with elision.apply(lm, method) as applied:
+        assert isinstance(applied, DllmApplied)
+        out = applied.generate(ids, attention_mask=mask, gen_length=11)
+    for b, made in enumerate(applied.report().runs):
+        box = Box(lm, method, ids[b : b + 1], mask[b], 11)
+        assert torch.equal(out[b : b + 1], box.go())
+        assert made.calls == len(box.calls)
+        for i, call in enumerate(box.calls):
+            assert set(made.query[i, 0].nonzero()[:, 0].tolist()) == call.query
+            assert int(made.facts["lstar"][i]) == call.lstar
+            assert [set(layer[0].tolist()) for layer in made.facts["tracked"][i]] == call.tracked
+            if i:
+                torch.testing.assert_close(made.facts["sigma"][i, 0], torch.tensor(call.sigma), atol=1e-4, rtol=0)

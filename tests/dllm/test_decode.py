@@ -251,6 +251,12 @@ def test_an_unguessable_candidate_waits_or_becomes_zero() -> None:
         ({"cfg_scale": float("nan")}, OptionError, "cfg_scale=nan"),
         ({"window": 4, "block_length": 4, "gen_length": 8}, OptionError, "two ways to go from left to right"),
         ({"window": True}, OptionError, "window=True"),
+        ({"temperature": None}, OptionError, "temperature=None is out of range"),
+        ({"threshold": "0.9"}, OptionError, "threshold='0.9' is out of range"),
+        ({"threshold": -0.5}, OptionError, "threshold=-0.5 is out of range"),
+        ({"gen_length": 12, "steps": 3, "window": 2}, OptionError, "window=2 is smaller than the 4 tokens"),
+        ({"max_new_tokens": 8}, UnknownName, "here it is called 'gen_length'"),
+        ({"alg": "entropy"}, UnknownName, "here it is called 'remasking'"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], error: type[Exception], words: str) -> None:
@@ -263,6 +269,11 @@ def test_bad_settings(settings: dict[str, Any], error: type[Exception], words: s
     [
         (torch.zeros(1, 0, dtype=torch.long), None, "give token ids"),
         (torch.zeros(2, 3), None, "give token ids"),
+        (torch.zeros(0, 3, dtype=torch.long), None, "give token ids"),
+        (torch.zeros(2, 3, dtype=torch.bool), None, "give token ids"),
+        (torch.tensor([[1, 48]]), None, "hold 48: token ids go from 0 to 47"),
+        (torch.tensor([[1, -1]]), None, "hold -1: token ids"),
+        (torch.tensor([[1, 47]]), None, r"hold the \[MASK\] token 47"),
         (torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 4), "does not fit"),
         (torch.zeros(2, 3, dtype=torch.long), torch.tensor([[1, 1, 0], [1, 1, 1]]), "pad prompts on the left"),
     ],
@@ -274,4 +285,5 @@ def test_bad_prompts(prompt: Tensor, mask: Tensor | None, words: str) -> None:
 
 def test_a_single_prompt_needs_no_batch() -> None:
     lm, ids = lm_of("mha"), prompts(1, 4)
+    assert torch.equal(dllm.generate(lm, ids.int(), gen_length=4), dllm.generate(lm, ids, gen_length=4))
     assert torch.equal(dllm.generate(lm, ids[0], gen_length=4), dllm.generate(lm, ids, gen_length=4))

@@ -261,6 +261,45 @@ def test_greedy_window_on_the_committed() -> None:
             assert set(report.last.query[i, b].nonzero()[:, 0].tolist()) == expected
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_greedy_on_shifted_models_computes_the_rows_that_predict(n: int) -> None:
+    """Otherwise nothing could be decided between two refreshes."""
+    lm, ids = lm_of("gqa", shift=True), prompts(2, P)
+    steps: list[Step] = []
+    method = DKVCache(variant="greedy", interval=99, window=0)
+    _, report = run(lm, method, ids, steps=G // n, on_step=lambda s, x, net: steps.append(s))
+    assert report.last is not None
+    assert report.calls == G // n
+    assert report.full_calls == 1
+    for i, step in enumerate(steps[1:], 1):
+        assert step.next is not None
+        assert step.committed.sum(dim=1).tolist() == [n, n]
+        assert torch.equal(report.last.query[i], step.next | step.committed | step.next.roll(-1, 1))
+
+
+def test_greedy_without_delay_leaves_out_what_was_just_committed() -> None:
+    steps: list[Step] = []
+    method = DKVCache(variant="greedy", interval=99, window=2, delay=False)
+    _, report = run(lm_of("mha"), method, prompts(2, P), on_step=lambda s, x, net: steps.append(s))
+    assert report.last is not None
+    for i, step in enumerate(steps[1:], 1):
+        assert step.next is not None
+        assert not bool((report.last.query[i] & step.committed).any())
+        assert bool((report.last.query[i] >= step.next).all())
+        assert bool((report.last.query[i] <= step.masked).all())
+
+
+def test_shifted_blocks_keep_what_earlier_blocks_decided() -> None:
+    """Only after the very first call are the prompt's rows all that is kept."""
+    steps: list[Step] = []
+    lm, ids = lm_of("gqa", shift=True), prompts(2, P)
+    _, report = run(lm, DKVCache(interval=99), ids, block_length=6, on_step=lambda s, x, net: steps.append(s))
+    assert report.last is not None
+    second = next(i for i, step in enumerate(steps) if step.i == 1 and step.n > 1)
+    assert torch.equal(report.last.query[1], (torch.arange(P + G) >= P - 1).expand(2, -1))
+    assert torch.equal(report.last.query[second], steps[second].before.roll(-1, 1))
+
+
 def test_greedy_needs_a_known_order() -> None:
     with pytest.raises(OptionError, match="decodes with remasking='random_order'"):
         run(lm_of("mha"), DKVCache(variant="greedy"), prompts(1, P), remasking="low_confidence")

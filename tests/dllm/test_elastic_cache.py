@@ -18,6 +18,7 @@ from elision.dllm.methods import elastic_cache_dllm
 from elision.dllm.methods.elastic_cache_dllm import NO_TEST, ElasticCache
 from elision.dllm.passes import Net
 from elision.errors import ElisionWarning, OptionError
+from tests.dllm.box import Box
 from tests.dllm.oracle import full_keys
 from tests.dllm.support import KINDS, lm_of, prompts
 
@@ -257,16 +258,29 @@ def test_without_requery_keys_of_committed_tokens_stay_those_of_the_mask() -> No
 
 
 def test_the_window_of_the_step_before() -> None:
-    """It contains what was committed there; present candidates outside it wait."""
+    """It contains what was committed there; present candidates outside it wait, unless a refresh takes them."""
     lm = lm_of("gqa", layers=L)
-    steps: list[Step] = []
-    out, report = run(lm, prompts(1, P), query="previous", on_step=lambda s, x, n: steps.append(s))
-    assert report.last is not None
-    assert lm.mask_id not in out
-    for i in range(1, len(steps)):
-        before = steps[i - 1].eligible[0]
-        assert not bool((before & ~report.last.query[i, 0]).any())
-        assert not bool((steps[i].committed[0] & ~report.last.query[i, 0]).any())
+    waited = 0
+    for gamma, eps in ((-1.0, 1.5), (-1.0, 0.3), (0.9, 0.6)):
+        steps: list[Step] = []
+
+        def on_step(step: Step, logits: Tensor, net: Net, steps: list[Step] = steps) -> None:
+            steps.append(step)
+
+        out, report = run(lm, prompts(1, P), query="previous", gamma=gamma, eps=eps, on_step=on_step)
+        assert report.last is not None
+        assert lm.mask_id not in out
+        tracked = report.last.facts["tracked"]
+        for i in range(1, len(steps)):
+            expected = steps[i - 1].eligible[0].clone()
+            assert not bool((steps[i].committed[0] & ~expected).any())
+            expected[tracked[i - 1].flatten()] = True
+            assert torch.equal(report.last.query[i, 0], expected)
+            new = steps[i].eligible[0] & ~expected
+            waited += int(new.sum())
+            if gamma < 0 and i + 1 < len(steps):
+                assert not bool((steps[i + 1].committed[0] & new).any())
+    assert waited > 0
 
 
 @pytest.mark.parametrize("sync", ["layer", "step"])
@@ -355,9 +369,15 @@ def test_left_padding_is_neither_tracked_nor_attended() -> None:
 
 
 def test_a_prompt_shorter_than_the_number_of_tracked_tokens() -> None:
+    """As soon as enough tokens are decided, that many are tracked."""
     lm = lm_of("gqa", layers=L)
-    out, _ = run(lm, prompts(1, 2), track=5)
+    steps: list[Step] = []
+    out, report = run(lm, prompts(1, 1), track=5, eps=1.5, on_step=lambda s, x, n: steps.append(s))
     assert lm.mask_id not in out
+    assert report.last is not None
+    for step, tracked in zip(steps, report.last.facts["tracked"], strict=True):
+        decided = int((~step.masked).sum())
+        assert [len(set(layer[0].tolist())) for layer in tracked] == [min(5, decided)] * L
 
 
 def test_guidance_keeps_slots_per_branch() -> None:
@@ -378,6 +398,40 @@ def test_window_and_threshold_are_options_of_the_method() -> None:
         for how in ({"window": 8}, {"threshold": 0.5}):
             with pytest.raises(OptionError, match="set the option of the method"):
                 applied.generate(ids, gen_length=G, **how)
-        with pytest.raises(OptionError, match="two ways to go from left to right"):
+        with pytest.raises(OptionError, match=r"slides a window of 4 masks, .* two ways to go from left to right"):
             applied.generate(ids, gen_length=G, block_length=7)
         applied.generate(ids, gen_length=G, window=4, threshold=0.9)
+
+
+CHOICES: list[dict[str, Any]] = [
+    {"gamma": 0.95, "eps": 0.6},
+    {"gamma": 0.95, "eps": 1.5, "track": 3, "heads": "max"},
+    {"gamma": 0.9, "eps": 0.4, "sigma": "joined", "unseen": "skip", "track": 2},
+    {"gamma": 0.8, "eps": 0.6, "far_tail": "keep", "mask_block": 3, "sync": "step"},
+    {"gamma": 0.95, "eps": 0.6, "query": "previous", "beta": 2},
+    {"gamma": 0.9, "eps": 0.4, "query": "previous", "far_tail": "keep", "mask_block": 2, "sigma": "joined"},
+    {"gamma": -1.0, "eps": 1.5, "beta": 30},
+    {"gamma": 1.5, "eps": 0.6, "beta": 3, "track": 5},
+]
+
+
+@pytest.mark.parametrize("options", CHOICES, ids=str)
+@pytest.mark.parametrize(("kind", "shift"), [("gqa", False), ("qk_norm", True)])
+def test_every_call_equals_the_algorithm_box(options: dict[str, Any], kind: str, shift: bool) -> None:
+    """Tokens, rows, triggers, σ and tracked tokens, with left padding and a prompt shorter than `track`."""
+    lm = lm_of(kind, shift=shift, layers=L, seed=11)
+    ids, mask = prompts(2, 4, seed=5), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    method = ElasticCache(**{**ANY, **options})
+    with elision.apply(lm, method) as applied:
+        assert isinstance(applied, DllmApplied)
+        out = applied.generate(ids, attention_mask=mask, gen_length=11)
+    for b, made in enumerate(applied.report().runs):
+        box = Box(lm, method, ids[b : b + 1], mask[b], 11)
+        assert torch.equal(out[b : b + 1], box.go())
+        assert made.calls == len(box.calls)
+        for i, call in enumerate(box.calls):
+            assert set(made.query[i, 0].nonzero()[:, 0].tolist()) == call.query
+            assert int(made.facts["lstar"][i]) == call.lstar
+            assert [set(layer[0].tolist()) for layer in made.facts["tracked"][i]] == call.tracked
+            if i:
+                torch.testing.assert_close(made.facts["sigma"][i, 0], torch.tensor(call.sigma), atol=1e-4, rtol=0)

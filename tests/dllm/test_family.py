@@ -283,7 +283,9 @@ def test_an_exception_in_a_run_leaves_everything_usable(setting: Setting) -> Non
         assert isinstance(run, DllmApplied)
         with pytest.raises(Boom):
             run.generate(ids, on_step=boom, **how)
-        assert run.report().calls == 3
+        report = run.report()
+        assert report.calls == 3
+        assert report.token_layers_asked == 3 * L * (P + G)  # what was never reached is not counted as elided
         out = run.generate(ids, generator=torch.Generator().manual_seed(0), **how)
     assert torch.equal(out, go(setting, lm, ids)[0])
 
@@ -423,6 +425,15 @@ def test_fast_dllm_can_save_the_extra_call() -> None:
         other, fewer = go(("fast_dllm", {"threshold": 0.0, "extra_call": False}, setting[2]), lm, ids)
     assert fewer.calls == 2
     assert torch.equal(out, other)
+
+
+def test_the_extra_call_of_fast_dllm_computes_the_block_alone() -> None:
+    """Also where the schedule has a single call per block."""
+    setting: Setting = ("fast_dllm", {"threshold": None}, {"gen_length": G, "steps": 2, "block_length": 6})
+    with pytest.warns(ElisionWarning, match="elided nothing"):
+        _, report = go(setting, lm_of("mha"), prompts(1, P))
+    assert report.last is not None
+    assert report.last.query[:, 0].sum(dim=1).tolist() == [P + G, 6, P + G, 6]
 
 
 def test_measure_returns_tokens_counters_and_seconds() -> None:

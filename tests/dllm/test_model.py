@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,8 +112,19 @@ def test_refused(name: str, mask_id: int | None, words: str) -> None:
 
 def test_encoder_decoder_is_refused() -> None:
     config = transformers.T5Config(d_model=16, d_kv=4, num_layers=1, num_heads=2, d_ff=8, vocab_size=16)
-    with pytest.raises(UnsupportedTarget, match="encoder–decoder"):
-        dllm.masked_lm(transformers.T5ForConditionalGeneration(config), mask_id=3)
+    for mask_id in (3, None):
+        with pytest.raises(UnsupportedTarget, match="encoder–decoder"):
+            dllm.masked_lm(transformers.T5ForConditionalGeneration(config), mask_id=mask_id)
+
+
+def test_a_model_in_training_mode_is_compared_without_dropout() -> None:
+    model = copy.deepcopy(tiny("mha")).train()
+    model.model.norm.eval()  # a mixed state is left as it was
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    before = [module.training for module in model.modules()]
+    dllm.masked_lm(model)
+    assert [module.training for module in model.modules()] == before
 
 
 def test_known_models_that_cannot_be_served_are_refused_by_name() -> None:

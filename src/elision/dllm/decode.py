@@ -21,11 +21,8 @@ from elision.tensors.slots import Rows
 
 REMASKING = ("low_confidence", "random", "random_order", "entropy", "maskgit_plus", "topk_margin")
 _DREAM = ("entropy", "maskgit_plus", "topk_margin")
-_ELSEWHERE = {
-    "max_new_tokens": "gen_length",
-    "alg": "remasking",
-    "confidence_threshold": "threshold",
-}  # same, elsewhere
+# what the same settings are called in transformers, Dream and elsewhere
+_ELSEWHERE = {"max_new_tokens": "gen_length", "alg": "remasking", "confidence_threshold": "threshold"}
 
 
 @dataclass(frozen=True)

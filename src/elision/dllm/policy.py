@@ -88,8 +88,8 @@ class DllmMethod(Method):
                 )
         if settings.get("window") is not None and asked.get("block_length") is not None:
             raise OptionError(
-                f"{self.name} slides a window of {settings['window']} masks over the generation, generate was asked "
-                f"for block_length={asked['block_length']}: window and block_length are two ways to go from left to right; "
+                f"{self.name} slides a window of {settings['window']} masks, generate was asked for "
+                f"block_length={asked['block_length']}: window and block_length are two ways to go from left to right; "
                 "leave block_length out"
             )
         return {**asked, **settings}

@@ -49,6 +49,9 @@ class Entry:
     cache: Callable[[], Any] | None = None
 
 
+WARM = 256  # tokens of the prompt that warms up
+
+
 @torch.no_grad()
 def race(
     model: Any,
@@ -59,17 +62,19 @@ def race(
     rounds: int,
     told: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Times]:
-    """Time every entry on the prompt `ids` [B, S] and on `steps` decoded tokens after it; a first round warms up."""
+    """Time every entry on the prompt `ids` [B, S] and `steps` decoded tokens after it; a short round warms up."""
     found = {name: Times() for name in entries}
     names: Sequence[str] = list(entries)
     for turn in range(rounds + 1):
         gc.collect()
         for name in [*names[turn % len(names) :], *names[: turn % len(names)]]:
             told(name)
+            if not turn:
+                _once(model, ids[:, :WARM], entries[name], 2)
+                continue
             prefill, decode, sizes = _once(model, ids, entries[name], steps)
-            if turn:
-                found[name].prefill.append(prefill)
-                found[name].decode.append(decode)
+            found[name].prefill.append(prefill)
+            found[name].decode.append(decode)
             found[name].bytes_held, found[name].bytes_peak = sizes
     return found
 

@@ -157,17 +157,12 @@ def test_chunks_are_one_prompt(name: str, options: Options) -> None:
         run.prompt(30)
         first = model(ids, past_key_values=whole).logits[:, -1]
         held = run.kept(whole)
-        if name in EVERY_FORWARD:
-            return  # evicts between the parts by definition
         parts = run.cache()
         run.prompt(30)
         for start, stop in [(0, 16), (16, 28), (28, 29), (29, 30)]:
             last = model(ids[:, start:stop], past_key_values=parts).logits[:, -1]
         torch.testing.assert_close(first, last, atol=2e-5, rtol=0)
         assert all(torch.equal(held[i], run.kept(parts)[i]) for i in held)
-
-
-EVERY_FORWARD = {"h2o"}  # methods whose papers evict after every forward, so that the parts of a prompt matter
 
 
 def test_two_turns_are_one_prompt_when_nothing_leaves() -> None:

@@ -19,6 +19,10 @@ def ranked(store: LayerStore, score: Tensor, recent: Keep = 0, first: int = 0) -
     """
     score = score if score.dtype == torch.float64 else score.float()
     valid = store.dense.get("valid")
+    if valid is not None and "gaps" in store.state:
+        score = score.masked_fill(_among(store, valid, recent, largest=True), torch.inf)
+        score = score.masked_fill(_among(store, valid, first, largest=False), torch.inf)
+        return score.masked_fill(~valid, -torch.inf)
     if isinstance(recent, Tensor):
         since = store.seen - recent.to(score.device)[:, None, None]
         score = score.masked_fill(store.positions()[:, :, -store.dense.n :] >= since, torch.inf)
@@ -35,6 +39,20 @@ def ranked(store: LayerStore, score: Tensor, recent: Keep = 0, first: int = 0) -
         oldest = positions < first + start
         score = score.masked_fill(oldest, torch.inf)
     return score if valid is None else score.masked_fill(~valid, -torch.inf)
+
+
+def _among(store: LayerStore, valid: Tensor, count: Keep, *, largest: bool) -> Tensor:
+    """Which dense slots hold one of the `count` newest (or oldest) real tokens of their row, [B, G or 1, n].
+
+    For rows with padding between their turns, where positions do not count tokens.
+    """
+    places = store.positions()[:, :, -store.dense.n :]
+    places = (places if largest else -places) + torch.zeros_like(valid, dtype=places.dtype)
+    valid = valid.expand_as(places)
+    order = places.masked_fill(~valid, torch.iinfo(places.dtype).min).argsort(dim=-1, descending=True)
+    count = count.to(places.device)[:, None, None] if isinstance(count, Tensor) else torch.tensor(count)
+    inside = torch.arange(places.shape[-1], device=places.device) < count.to(places.device)
+    return torch.zeros_like(valid).scatter_(-1, order, inside.expand_as(order))
 
 
 def best(score: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import inspect
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -128,5 +129,8 @@ def _places(store: LayerStore) -> Tensor | None:
 
 
 def _angles(session: KVApplied, att: Attention, places: Tensor) -> tuple[Tensor, Tensor]:
-    cos, sin = session.host.decoder.rotary_emb(att.v, places)  # type: ignore[operator]
+    embed: Any = session.host.decoder.rotary_emb
+    kinds = inspect.signature(embed.forward).parameters
+    more = {"layer_type": session.host.config.layer_types[att.layer]} if "layer_type" in kinds else {}
+    cos, sin = embed(att.v, places, **more)
     return cos, sin

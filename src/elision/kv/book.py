@@ -263,7 +263,7 @@ def adopt(cache: Any, session: KVApplied, layers: list[int], valid: Tensor | Non
                 "session; start with a new one"
             )
         return mine.book
-    book = Book(session, layers)
+    book, ours = Book(session, layers), {}
     for index in layers:
         old = cache.layers[index] if index < len(cache.layers) else None
         if old is None or type(old) is not DynamicLayer:
@@ -273,8 +273,20 @@ def adopt(cache: Any, session: KVApplied, layers: list[int], valid: Tensor | Non
             )
         layer = Layer(book, index)
         if old.keys is not None and old.keys.numel():
-            length = old.keys.shape[-2]
-            layer.store.append(old.keys, old.values, None if valid is None else valid[:, :length])
+            if session.method.raw():
+                raise UnsupportedTarget(
+                    f"{session.names} keeps unrotated keys, but the cache holds {old.keys.shape[-2]} rotated ones: "
+                    "start with run.cache(), or use the mode of the method that keeps rotated keys (rolling=False)"
+                )
+            held = None if valid is None else valid[:, : old.keys.shape[-2]]
+            if held is not None and not bool(held.all()):
+                book.padding = (~held).sum(1)
+            else:
+                held = None
+            layer.store.append(old.keys, old.values, held)
             layer.is_initialized = True
+        ours[index] = layer
+    for index, layer in ours.items():  # all or none, so that a cache that is refused stays as it was
+        book.recording |= bool(getattr(cache.layers[index], "record_past", False))
         cache.layers[index] = layer
     return book

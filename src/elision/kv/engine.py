@@ -36,6 +36,7 @@ class Forward:
         m: tokens that enter, pseudo rows included.
         first: sequence index of the first of them.
         phase, starts, lengths, extra, drafts: as in `Call`.
+        turn: tokens of the prompt from `first` on, also those of its later parts.
         valid: which of them are real, [B, m]; None if all are.
         masks: masks made so far in this forward, by number of stored slots.
         rotary: cos and sin of slot indices made so far, by number of slots.
@@ -48,6 +49,7 @@ class Forward:
     starts: bool
     valid: Tensor | None
     lengths: int | Tensor
+    turn: int
     extra: int = 0
     drafts: int = 0
     masks: dict[int, Tensor] = field(default_factory=dict)
@@ -58,8 +60,9 @@ class KVApplied(Applied):
     """A KV method at work on a transformers model.
 
     Use it around `model.generate(...)`, around plain `model(...)` calls, or with `past_key_values=run.cache()` for
-    several conversations side by side. `run.prompt(n)` tells plain loops that the next n tokens are one prompt, when it
-    arrives in parts.
+    several conversations side by side. Apply it to the model whose `generate` you call: on its bare decoder, nothing
+    tells where a prompt ends that arrives in parts, nor that drafts of assisted decoding may be taken back.
+    `run.prompt(n)` tells plain loops that the next n tokens are one prompt, when it arrives in parts.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class KVApplied(Applied):
         if self._image is not None:
             self._taps.append(tap_call(target, self._whole))
         if hasattr(target, "generate"):
+            self._generate_names = list(inspect.signature(target.generate).parameters)
             self._taps.append(tap_method(target, "generate", self._generate))
 
     @property
@@ -110,7 +114,7 @@ class KVApplied(Applied):
         """A new cache for one conversation, to pass as `past_key_values`."""
         self._open("cache()")
         cache = DynamicCache(config=self.host.config)
-        self._books.add(adopt(cache, self, self.layers, None))
+        self._book(cache, None)
         return cache
 
     def prompt(self, tokens: int) -> None:
@@ -123,7 +127,7 @@ class KVApplied(Applied):
     def kept(self, cache: Any) -> dict[int, Tensor]:
         """Sequence indices of the tokens that every layer of `cache` holds: [B, G, n], -1 where a row holds fewer."""
         held: dict[int, Tensor] = {}
-        for index, store in adopt(cache, self, self.layers, None).stores.items():
+        for index, store in self._book(cache, None).stores.items():
             valid = store.valid()
             positions = store.positions().long()
             positions = positions.expand(-1, max(positions.shape[1], store.heads), -1)
@@ -148,38 +152,42 @@ class KVApplied(Applied):
     def act(self, call: Call) -> None:
         """Let the rules see a call and act on it."""
         started = perf_counter()
-        for rule in self.rules:
-            rule.scorer.observe(call)
-        if call.extra:
-            call.store.crop(call.extra)
-            call = call.head(call.m - call.extra)
-            call.extra = 0
-        for rule in self.rules:
-            rule.act(call)
+        with torch.no_grad():  # what is held outlives the forward, so it must not hold its graph
+            for rule in self.rules:
+                rule.scorer.observe(call)
+            if call.extra:
+                call.store.crop(call.extra)
+                call = call.head(call.m - call.extra)
+                call.extra = 0
+            for rule in self.rules:
+                rule.act(call)
         self.ledger.seconds.deciding += perf_counter() - started
 
     # -- what is tapped ------------------------------------------------------------------------------------------------
 
     def _generate(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Around `generate`: our layers are in the cache before it starts, and it is known where the prompt ends."""
-        config = kwargs.get("generation_config")
-        uses = kwargs.get("use_cache", getattr(config, "use_cache", None))
-        kind = kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))
-        if uses is False:
-            return inner(*args, **kwargs)
-        if kind not in (None, "dynamic"):
+        kwargs = {**dict(zip(self._generate_names, args, strict=False)), **kwargs}
+        given, own = kwargs.get("generation_config"), getattr(self.host.model, "generation_config", None)
+        if _setting("use_cache", kwargs, given, own) is False or not self._live():
+            return inner(**kwargs)
+        kind = _setting("cache_implementation", kwargs, given, own)
+        if kind not in (None, "dynamic", "hybrid"):  # transformers itself takes "hybrid" for dynamic
             raise UnsupportedTarget(
                 f"cache_implementation={kind!r} makes a cache that {self.names} cannot manage: leave it out while the "
                 "method is applied"
             )
-        kwargs.pop("cache_implementation", None)
+        if kind is not None:
+            kwargs["cache_implementation"] = None  # wins over the configurations
         cache = kwargs.get("past_key_values")
         if cache is None:
             cache = kwargs["past_key_values"] = self.cache()
+            if getattr(given, "is_assistant", False):
+                cache.activate_past_recording()  # as transformers does with the caches it makes for drafts
         book = self._book(cache, kwargs.get("attention_mask"))
-        book.prompt_until = _prompt_end(args, kwargs, book.seen)
+        book.prompt_until = _prompt_end(kwargs, book.seen)
         try:
-            return inner(*args, **kwargs)
+            return inner(**kwargs)
         finally:
             book.prompt_until = None
             if not book.broken and not self._closed:
@@ -200,6 +208,8 @@ class KVApplied(Applied):
         names = list(self._signature.parameters)[1 : len(args) + 1]
         kwargs = {**dict(zip(names, args, strict=True)), **kwargs}
         cache = kwargs.get("past_key_values")
+        if not self._live() or (kwargs.get("inputs_embeds") is None and kwargs.get("input_ids") is None):
+            return inner(**kwargs)  # the latter raises
         if cache is None:
             uses = kwargs.get("use_cache")
             if not (getattr(self.host.config, "use_cache", True) if uses is None else uses):
@@ -223,7 +233,8 @@ class KVApplied(Applied):
         finally:
             self._forward = outer
         self.ledger.seconds.computing += perf_counter() - started
-        self.ledger.take(book)
+        self.ledger.forwards += 1
+        self.ledger.take(book, newest=True)
         return without_pseudo(out, forward.m - forward.extra) if forward.extra else out
 
     def _enter(self, book: Book, kwargs: dict[str, Any]) -> Forward:
@@ -244,9 +255,11 @@ class KVApplied(Applied):
         if self._announced is not None:
             book.prompt_until, self._announced = first + self._announced, None
         drafts = 0 if book.prompt_until is None else max(first + m - max(book.prompt_until, first), 0)
+        until = book.prompt_until
         phase, starts = self._phase(book, first, m)
         if self._image is not None and self._ids is not None and phase != "step":
             book.see_images(self._ids.eq(self._image), first)
+        turn = (until if phase == "prompt_chunk" and until else first + m - drafts) - first
         new = None if mask is None else mask[:, -m:].bool()
         if new is not None and bool(new.all()):
             new = None
@@ -255,7 +268,7 @@ class KVApplied(Applied):
             book.padding = more if book.padding is None else book.padding + more
         seen = first + m
         lengths: int | Tensor = seen if book.padding is None else seen - book.padding
-        forward = Forward(book, m, first, phase, starts, new, lengths)
+        forward = Forward(book, m, first, phase, starts, new, lengths, turn)
         forward.drafts = drafts if phase == "prompt_end" else 0
         if self.method.stored() and first and not book.intact:
             kwargs["position_ids"] = self._behind(forward, kwargs.get("position_ids"))
@@ -292,10 +305,11 @@ class KVApplied(Applied):
     def _attention(self, att: Attention) -> Out:
         forward = self._forward
         if forward is None:
-            return att.run(att.q, att.k, att.v, att.mask)
+            q, k = (att.q, att.k) if att.rotary is None else att.rotate(att.q, att.k, *att.rotary)
+            return att.run(q, k, att.v, att.mask)
         book, store = forward.book, forward.book.stores[att.layer]
         if forward.starts and store.seen:
-            self.method.before(store, att.k.shape[2])
+            self.method.before(store, forward.turn)
         store.append(att.k, att.v, forward.valid)
         q, keys, out, lse = attend(self, att, forward, store)
         if self.shadow:
@@ -303,7 +317,7 @@ class KVApplied(Applied):
         call = Call(
             store=store,
             book=book,
-            q=q,
+            q=q.detach(),
             keys=keys,
             first=forward.first,
             phase=forward.phase,
@@ -330,16 +344,20 @@ class KVApplied(Applied):
 
     def _book(self, cache: Any, mask: Any) -> Book:
         known = mask[:, :].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        book = adopt(cache, self, self.layers, known)
+        book = adopt(cache, self, self._live(), known)
         self._books.add(book)
         return book
+
+    def _live(self) -> list[int]:
+        """The layers that run: fewer while a model that exits early writes its own drafts."""
+        return [i for i in self.layers if i < self.host.config.num_hidden_layers]
 
     def _clear(self) -> None:
         self.ledger = Ledger(self.layers)
         self._announced = None
 
     def _leave(self) -> None:
-        if not self._seam.in_place and not self._broke_off:
+        if hasattr(self, "_seam") and not self._seam.in_place and not self._broke_off:
             self.ledger.notes.append("something replaced a tap while the method was applied; it did not see all calls")
 
     def _finish(self) -> None:
@@ -348,7 +366,7 @@ class KVApplied(Applied):
         for book in self._books:
             if not book.broken:
                 self.ledger.take(book)
-        if not self._broke_off:
+        if not self._broke_off and hasattr(self, "_seam"):
             self._warn()
 
     def _warn(self) -> None:
@@ -397,10 +415,17 @@ def _image_token(target: Any) -> int | None:
     return None
 
 
-def _prompt_end(args: tuple[Any, ...], kwargs: dict[str, Any], past: int) -> int | None:
+def _setting(name: str, kwargs: dict[str, Any], *configs: Any) -> Any:
+    """An option of `generate`: from its arguments, else from the first of its configurations that has it."""
+    if name in kwargs:
+        return kwargs[name]
+    return next((value for c in configs if (value := getattr(c, name, None)) is not None), None)
+
+
+def _prompt_end(kwargs: dict[str, Any], past: int) -> int | None:
     """Tokens seen when the prompt of this `generate` call is through, from the sizes of its arguments."""
     embeds = kwargs.get("inputs_embeds")
-    ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+    ids = kwargs.get("input_ids", kwargs.get("inputs"))
     if embeds is not None:
         return int(embeds.shape[1])
     if not isinstance(ids, Tensor):

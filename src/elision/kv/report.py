@@ -81,31 +81,34 @@ class Ledger:
         self.errors: dict[int, tuple[float, int]] = {}
         self.notes: list[str] = []
         self._known: set[int] = set()
+        self._last: int | None = None
 
     def high(self, book: Book) -> None:
         """Note the most that was held; called when a layer has just grown."""
         self.peak = max(self.peak, book.nbytes)
 
-    def take(self, book: Book) -> None:
-        """Write down the state of a cache after a forward."""
+    def take(self, book: Book, newest: bool = False) -> None:
+        """Write down the state of a cache; the numbers of one are those of the last that was written."""
         stores = book.stores
         first = next(iter(stores.values()))
         if not first.seen:
             return
-        self.forwards += 1
         key = book.number
         self._known.add(key)
         self.caches = len(self._known)
-        self.seen = first.seen
+        held = book.nbytes
+        self.peak = max(self.peak, held)
+        self.lost[key] = {i: (s.evicted, s.demoted, s.merged) for i, s in stores.items()}
+        if not newest and key != self._last:
+            return
+        self._last = key
+        self.seen, self.held = first.seen, held
         self.slots = {i: s.n for i, s in stores.items()}
-        self.held = book.nbytes
-        self.peak = max(self.peak, self.held)
         k, v = first.dense["k"], first.dense["v"]
         self.full = sum(
             len(k) * k.shape[1] * s.seen * (k.shape[3] * k.element_size() + v.shape[3] * v.element_size())
             for s in stores.values()
         )
-        self.lost[key] = {i: (s.evicted, s.demoted, s.merged) for i, s in stores.items()}
 
     def look(self, book: Book) -> None:
         """Count the image tokens that a cache still holds; takes device time, so it is asked for rarely."""
@@ -138,7 +141,10 @@ class Ledger:
 
     def report(self, methods: list[str], target: str) -> KVReport:
         """The numbers so far."""
-        lost = [{i: sum(book[i][which] for book in self.lost.values()) for i in self.layers} for which in range(3)]
+        lost = [
+            {i: sum(book.get(i, (0, 0, 0))[which] for book in self.lost.values()) for i in self.layers}
+            for which in range(3)
+        ]
         return KVReport(
             methods=methods,
             target=target,

@@ -76,10 +76,11 @@ def slot_order(store: LayerStore, column: str = "pos", newest: int = 0) -> Tenso
 
     The `newest` slots at the end are left out.
     """
-    key = store.dense.get(column)
+    key, valid = store.dense.get(column), store.dense.get("valid")
     if key is None:
-        return None
-    valid = store.dense.get("valid")
+        if valid is None or "gaps" not in store.state:
+            return None
+        key = store.positions()[:, :, -store.dense.n :]
     key = key if valid is None else key.masked_fill(~valid, -1)
     key = key[:, :, : key.shape[2] - newest]
     return key.argsort(dim=-1, stable=True).expand(-1, store.dense["k"].shape[1], -1)

@@ -182,7 +182,7 @@ class LayerStore:
         tiers: packed tokens, older than the dense ones in reading order.
         seen: tokens that passed this layer; their sequence index is their position here, padding included.
         state: what a method remembers of this layer (tensors have the batch in front); `pads` [B, 1, 1] is how many
-            padding tokens each row starts with, absent if none does.
+            padding tokens each row starts with, absent if none does; `gaps` is there if a row has some further on.
         fills: value of every scorer column for new tokens.
     """
 
@@ -220,12 +220,11 @@ class LayerStore:
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         """Add m new tokens k, v [B, G, m, D]; `valid` [B, m] is False on padding."""
         b, m = k.shape[0], k.shape[2]
-        if valid is not None and (self.seen == 0 or "pads" in self.state):
-            pads, lead = self.state.get("pads", 0), (~valid).int().cumprod(1).sum(1)[:, None, None]
-            self.state["pads"] = torch.where(pads == self.seen, pads + lead, pads) if self.seen else lead
+        if valid is not None:
+            self._count_pads(valid)
         if valid is not None and "valid" not in self.dense and self.dense.n:
             self.dense["valid"] = torch.ones(b, 1, self.dense.n, dtype=torch.bool, device=k.device)
-        columns: dict[str, Tensor | float] = {"k": k, "v": v}
+        columns: dict[str, Tensor | float] = {"k": k.detach(), "v": v.detach()}
         if "pos" in self.dense:
             places = torch.arange(self.seen, self.seen + m, dtype=torch.int32, device=k.device) if m > 1 else None
             columns["pos"] = self.seen if places is None else places.expand(b, 1, m)
@@ -236,6 +235,15 @@ class LayerStore:
             columns = {name: _filled(x, k) for name, x in columns.items()}
         self.dense.append(**columns)
         self.seen += m
+
+    def _count_pads(self, valid: Tensor) -> None:
+        """Padding before the first real token of each row, of which the parts of a prompt may bring more."""
+        more = (valid.cumsum(1) == 0).sum(1)[:, None, None]
+        pads = self.state.get("pads", torch.zeros_like(more)) if self.seen else torch.zeros_like(more)
+        leading = pads == self.seen
+        self.state["pads"] = torch.where(leading, pads + more, pads)
+        if bool(((~valid).sum(1)[:, None, None] != more * leading).any()):
+            self.state["gaps"] = True
 
     def positions(self) -> Tensor:
         """Sequence index of every slot, [B, G or 1, n] in reading order."""

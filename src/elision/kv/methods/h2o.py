@@ -6,7 +6,7 @@ https://arxiv.org/abs/2306.14048.
 Reproduced is the released real-drop code: every query row that ever attends adds its softmax weights to the score of
 the tokens it sees, without decay; a forward sees everything that is held and then, per layer, row and KV head, all but
 the `heavy` highest scores and the newest `recent` tokens leave for good, the victim being read once more in its last
-step. Differences: the released class sums over the batch and knows no grouped queries; here rows are apart and the
+step. The parts of a prompt that comes in chunks are one forward in this sense: nothing leaves before the last. Differences: the released class sums over the batch and knows no grouped queries; here rows are apart and the
 query heads of a KV head count by `reduce` (mean and sum rank alike; "first" is the port in Meta's cookbook). Scores are
 float32. The global-statistics mask of the released lm-eval script sees the future and is not a cache.
 
@@ -99,7 +99,7 @@ class H2O(EvictingMethod):
         return tuple(tokens_of(x, call) if x else 0 for x in (self.heavy, self.recent))  # type: ignore[return-value]
 
     def rules(self, host: KVHost) -> Sequence[Rule]:
-        """One: evict whenever more is held than heavy and recent together."""
+        """One: evict whenever more is held than heavy and recent together, but not between the parts of a prompt."""
 
         def total(call: Call) -> Keep:
             heavy, recent = self.sizes(call)
@@ -109,7 +109,7 @@ class H2O(EvictingMethod):
         budget = Even(total)
 
         def over(call: Call) -> bool:
-            return exceeds(call.store.dense.n, budget.of(call))
+            return call.phase != "prompt_chunk" and exceeds(call.store.dense.n, budget.of(call))
 
         return [Rule(over, ColumnSums(self.reduce), budget, _Newest(self.rolling))]  # type: ignore[arg-type]
 

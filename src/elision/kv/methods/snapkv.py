@@ -22,6 +22,7 @@ from elision.kv.budgets import Even, at_least
 from elision.kv.method import EvictingMethod, KVHost
 from elision.kv.parts import Call, Rule, prompt_end
 from elision.kv.scorers import Reduce, Window, pool, reduce_group
+from elision.kv.slicing import per_row, slot_order
 from elision.kv.store import LayerStore
 from elision.method import Paper, option, register
 
@@ -36,11 +37,16 @@ class WindowSum(Window):
 
     def score(self, call: Call, store: LayerStore) -> Tensor:
         """[B, G, n]; the window itself is infinite."""
-        weights = self.weights(call)  # [B, G, g, r, n]
-        before = weights.shape[-1] - weights.shape[-2]
-        score = reduce_group(weights[..., :before].sum(3), self.reduce)
-        score = pool(score, self.kernel, self.pooling)
-        return torch.cat([score, score.new_full((*score.shape[:2], weights.shape[-2]), torch.inf)], -1)
+        state, n = call.store.state, store.dense.n
+        rows = per_row(state["window"].shape[2], call.q)
+        if state["window_valid"] is not None:
+            rows = state["window_valid"].sum(1)  # a turn may be shorter than the window in some rows
+        score = reduce_group(self.weights(call).sum(3), self.reduce)
+        order = slot_order(store)
+        score = score if order is None else score.gather(-1, order)  # neighbours in the text may lie anywhere by now
+        window = torch.arange(n, device=score.device) >= (n - rows)[:, None, None]
+        score = pool(score.masked_fill(window, 0.0), self.kernel, self.pooling).masked_fill(window, torch.inf)
+        return score if order is None else torch.empty_like(score).scatter_(-1, order, score)
 
 
 @register

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elision.bench.dllm.drift import drifts
 from elision.bench.dllm.lab import UNCACHED
 from elision.bench.dllm.measure import Arm, Outcome, options, run
 from elision.bench.dllm.subject import TASKS, DllmSubject, Question, load_dllm
@@ -183,7 +184,8 @@ class _Race:
         for place, arm in enumerate(shown):
             self.progress(place, len(shown), f"strip of {arm.label}")
             record = run(self.subject, arm, question, shadow=True)[2]
-            self.arms[arm].strip = Strip.of(question.task, question.length, record)
+            drift = drifts(self.subject, arm, question).decided.tolist() if arm == UNCACHED else ()
+            self.arms[arm].strip = Strip.of(question.task, question.length, record, drift)
         self.progress(len(shown), len(shown), "done")
 
     def notes(self) -> list[str]:

@@ -159,7 +159,7 @@ def _bars(arms: Sequence[DllmArm]) -> list[dict[str, Any]]:
     for arm in arms:
         assert arm.strip is not None
         if arm.kind == "baseline":
-            found.append(("true K and V, change from call to call", arm.strip.drift))
+            found.append(("true K and V of decided tokens, change from call to call", arm.strip.drift))
         elif arm.strip.stale:
             found.append((f"{arm.label}, error of what is held", arm.strip.stale))
     most = max((max(values) for _, values in found), default=0.0) or 1.0

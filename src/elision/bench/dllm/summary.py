@@ -33,7 +33,8 @@ class Strip:
         calls: one text per call, a letter per position: how many layers the position went through, in base 36 (where
             there are more than 35 layers, scaled to that).
         stale: by layer, relative error of the keys and values held, mean over calls; empty where nothing is held.
-        drift: by layer, relative change of the true keys and values from call to call, mean over calls.
+        drift: by layer, relative change of the true keys and values of decided tokens from call to call, mean over calls;
+            only of the uncached run, empty for others.
     """
 
     task: str
@@ -45,12 +46,11 @@ class Strip:
     drift: list[float]
 
     @classmethod
-    def of(cls, task: str, length: int, run: DllmRun) -> Strip:
+    def of(cls, task: str, length: int, run: DllmRun, drift: Sequence[float] = ()) -> Strip:
         """From the record of a shadow run of one question."""
         scale = min(1.0, (len(_DIGITS) - 1) / run.layers)
         computed = (run.computed()[:, 0] * scale).round().long().tolist()
         assert run.stale is not None
-        assert run.drift is not None
         stale = run.stale.mean(dim=0).tolist()
         return cls(
             task,
@@ -59,7 +59,7 @@ class Strip:
             run.layers,
             ["".join(_DIGITS[n] for n in row) for row in computed],
             stale if any(stale) else [],
-            run.drift[1:].mean(dim=0).tolist(),
+            list(drift),
         )
 
     def shares(self) -> list[list[float]]:

@@ -224,7 +224,7 @@ def kv_speed() -> str:
     about, rows = found[-1]["environment"], found[-1]["table"]
 
     def ratio(ends: Sequence[float]) -> str:
-        return f"{ends[0]:.3f} [{ends[1]:.3f}, {ends[2]:.3f}]"
+        return f"{ends[0]:.2f}" if ends[1] is None else f"{ends[0]:.3f} [{ends[1]:.3f}, {ends[2]:.3f}]"
 
     body = [
         (

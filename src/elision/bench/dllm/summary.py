@@ -33,8 +33,8 @@ class Strip:
         calls: one text per call, a letter per position: how many layers the position went through, in base 36 (where
             there are more than 35 layers, scaled to that).
         stale: by layer, relative error of the keys and values held, mean over calls; empty where nothing is held.
-        drift: by layer, relative change of the true keys and values of decided tokens from call to call, mean over calls;
-            only of the uncached run, empty for others.
+        drift: by layer, relative change of the true keys and values of decided tokens from call to call, mean over
+            calls; only of the uncached run, empty for others.
     """
 
     task: str

@@ -77,7 +77,8 @@ class Box:
         return float(torch.cosine_similarity(a, b, dim=-1).mean())
 
     @torch.no_grad()
-    def call(self) -> None:
+    def compute(self) -> Tensor:
+        """The next call: logits [N, V] of the tokens at their own positions."""
         o, L, everything = self.o, self.lm.layers, list(range(len(self.real)))
         window = self.masked.nonzero()[: o.beta, 0].tolist()
         late = o.query == "previous" and bool(self.calls)
@@ -96,14 +97,16 @@ class Box:
             tracked = set().union(*self.calls[-1].tracked)
             query = tracked | self.committed | set(asked) | {p - shift for p in asked}
             h = self.partial(embedded, sorted(query), tracked, asked)
-        made = self.calls[-1]
-        known = set(everything) if made.lstar < L else made.query
-        logits = self.lm.model.lm_head(self.lm.model.model.norm(h))[0].roll(shift, 0)
-        logits = logits.double()
+        logits: Tensor = self.lm.model.lm_head(self.lm.model.model.norm(h))[0].roll(shift, 0)
+        return logits.double()
+
+    def commit(self, logits: Tensor) -> None:
+        """Decide all tokens of probability ε in the window, at least the most probable."""
+        made, shift = self.calls[-1], int(self.lm.shift)
         tokens = logits.index_fill(1, torch.tensor([self.lm.mask_id]), -torch.inf).argmax(-1)
         p = logits.softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
-        able = [x for x in window if x - shift in known]
-        chosen = [x for x in able if p[x] >= o.eps] or sorted(able, key=lambda x: -p[x])[:1]
+        able = [x for x in self.window if made.lstar < self.lm.layers or x - shift in made.query]
+        chosen = [x for x in able if p[x] >= self.o.eps] or sorted(able, key=lambda x: -p[x])[:1]
         self.ids[0, chosen], self.masked[chosen], self.committed = tokens[chosen], False, set(chosen)
 
     def partial(self, h: Tensor, query: list[int], tracked: set[int], asked: list[int]) -> Tensor:
@@ -134,5 +137,5 @@ class Box:
 
     def go(self) -> Tensor:
         while bool(self.masked.any()):
-            self.call()
+            self.commit(self.compute())
         return self.ids

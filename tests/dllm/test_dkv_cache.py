@@ -368,3 +368,19 @@ def test_each_branch_of_guidance_has_slots_of_its_own() -> None:
     assert report.last is not None
     assert torch.equal(report.last.query[:, :2], report.last.query[:, 2:])
     assert report.cache_ratio > 0.25
+
+
+@pytest.mark.parametrize("variant", ["decode", "prefill", "pd", "greedy"])
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_left_padded_sample_is_decoded_as_alone(variant: str, shift: bool) -> None:
+    lm, ids, pad = lm_of("qk_norm", shift=shift), prompts(2, P), 3
+    mask = torch.ones(2, P, dtype=torch.long)
+    mask[0, :pad] = 0
+    order = torch.rand(2, P + G, generator=torch.Generator().manual_seed(2))
+    method = DKVCache(variant=variant, interval=5, window=2)
+    how: dict[str, Any] = {"steps": 6, "cfg_scale": 0.4}
+    together, _ = run(lm, method, ids, attention_mask=mask, noise=Replay({("order", 0): order}), **how)
+    for b, start in ((0, pad), (1, 0)):
+        noise = Replay({("order", 0): order[b : b + 1, start:]})
+        alone, _ = run(lm, method, ids[b : b + 1, start:], noise=noise, **how)
+        assert torch.equal(together[b : b + 1, start:], alone)

@@ -435,3 +435,25 @@ def test_every_call_equals_the_algorithm_box(options: dict[str, Any], kind: str,
             assert [set(layer[0].tolist()) for layer in made.facts["tracked"][i]] == call.tracked
             if i:
                 torch.testing.assert_close(made.facts["sigma"][i, 0], torch.tensor(call.sigma), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("gamma", [-1.0, 1.5])
+def test_every_branch_of_guidance_follows_the_algorithm_box(gamma: float) -> None:
+    """Own slots, own tracked tokens, own rows; what is decided is decided for both."""
+    lm, ids, scale = lm_of("gqa", layers=L, seed=12), prompts(1, 4), 0.7
+    method = ElasticCache(**ANY, gamma=gamma)
+    with elision.apply(lm, method) as applied:
+        assert isinstance(applied, DllmApplied)
+        out = applied.generate(ids, gen_length=11, cfg_scale=scale)
+        made = applied.report().last
+    assert made is not None
+    given, free = (Box(lm, method, x, torch.ones(4), 11) for x in (ids, torch.full_like(ids, lm.mask_id)))
+    while bool(given.masked.any()):
+        logits, blank = given.compute(), free.compute()
+        for box in (given, free):
+            box.commit(blank + (scale + 1) * (logits - blank))
+    assert torch.equal(out, given.ids)
+    for i, calls in enumerate(zip(given.calls, free.calls, strict=True)):
+        for branch, call in enumerate(calls):
+            assert set(made.query[i, branch].nonzero()[:, 0].tolist()) == call.query
+            assert [set(layer[branch].tolist()) for layer in made.facts["tracked"][i]] == call.tracked

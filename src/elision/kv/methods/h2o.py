@@ -7,8 +7,9 @@ Reproduced is the released real-drop code: every query row that ever attends add
 the tokens it sees, without decay; a forward sees everything that is held and then, per layer, row and KV head, all but
 the `heavy` highest scores and the newest `recent` tokens leave for good, the victim being read once more in its last
 step. The parts of a prompt that comes in chunks are one forward in this sense: nothing leaves before the last.
-Differences: the released class sums over the batch and knows no grouped queries; here rows are apart and the query heads
-of a KV head count by `reduce` (mean and sum rank alike; "first" is the port in Meta's cookbook). Scores are float32. The global-statistics mask of the released lm-eval script sees the future and is not a cache.
+Differences: the released class sums over the batch and knows no grouped queries; here rows are apart and the query
+heads of a KV head count by `reduce` (mean and sum rank alike; "first" is the port in Meta's cookbook). Scores are
+float32. The global-statistics mask of the released lm-eval script sees the future and is not a cache.
 
 Positions: `rolling=False` keeps keys rotated at their true positions (default). `rolling=True` keeps them unrotated and
 turns them to the index of their slot at every step, for streams longer than the model's context. `room=True` also makes

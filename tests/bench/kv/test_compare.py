@@ -67,7 +67,7 @@ def test_what_cannot_run_says_why(comparison: KVComparison) -> None:
 def test_the_table_fits_and_the_file_is_read_back(comparison: KVComparison, tmp_path: Path) -> None:
     wide, narrow = comparison.table(), comparison.table(80)
     assert len(narrow.columns) < len(wide.columns)
-    assert wide.row_count == 6
+    assert wide.row_count == (8 if quantized_backend()[0] else 6)  # QuantizedCache at two widths, where it can run
     again = KVComparison.load(comparison.save(tmp_path / "c.jsonl"))
     assert again.rows() == comparison.rows()
     assert again.arms[1].sample == comparison.arms[1].sample

@@ -55,7 +55,7 @@ class _Watcher:
         self.seen(call)
 
     def score(self, call: Call, store: LayerStore) -> Tensor:
-        raise NotImplementedError
+        raise AssertionError("a rule without a trigger asks for no score")
 
 
 @dataclass(frozen=True)

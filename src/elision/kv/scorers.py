@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,7 +72,7 @@ class ColumnSums:
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(ABC):
     """Attention of the last `rows` queries of a prompt, kept across its chunks (SnapKV and what follows it)."""
 
     rows: int
@@ -100,9 +101,9 @@ class Window:
         weights: Tensor = call.probs(q.shape[2], q, valid)
         return weights
 
+    @abstractmethod
     def score(self, call: Call, store: LayerStore) -> Tensor:
         """Subclasses say what the weights amount to."""
-        raise NotImplementedError
 
 
 def last_row(call: Call, reduce: Reduce = "mean") -> Tensor:

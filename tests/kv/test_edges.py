@@ -296,3 +296,19 @@ def test_what_is_held_holds_no_graph(name: str, options: Options) -> None:
             for layer in cache.layers:
                 held = [*layer.store.dense.tensors(), *layer.store.state.values()]
                 assert not any(isinstance(t, Tensor) and t.requires_grad for t in held)
+
+
+@pytest.mark.parametrize(("name", "options"), [("h2o", {"budget": 10}), ("zipcache", {"gap": 3, "params": "float32"})])
+@torch.no_grad()
+def test_a_compiled_forward_answers_alike(name: str, options: dict[str, Any]) -> None:
+    model = copy.deepcopy(tiny("llama"))
+    ids, _ = prompts([30])
+    with elision.apply(model, name, **options) as run:
+        answers = []
+        for forward in (model, torch.compile(model.forward, dynamic=True, backend="eager")):
+            cache = run.cache()
+            logits = [forward(ids, past_key_values=cache).logits[:, -1]]
+            logits += [forward(torch.tensor([[t]]), past_key_values=cache).logits[:, -1] for t in (11, 12, 13, 14)]
+            answers.append((torch.stack(logits), run.kept(cache)))
+    torch.testing.assert_close(answers[0][0], answers[1][0], atol=1e-5, rtol=0)
+    assert all(torch.equal(answers[0][1][i], answers[1][1][i]) for i in answers[0][1])

@@ -87,7 +87,9 @@ class KVApplied(Applied):
         self._own(self.host.decoder)
         managed = {layer: self.host.attention[layer] for layer in self.layers}
         try:
-            self._seam = Seam(self.host, managed, self._decoder, self._attention, raw=method.raw())
+            # a compiled model runs around the decoder; inside, shapes and stores change at every call
+            around = torch.compiler.disable(self._decoder)  # type: ignore[no-untyped-call]
+            self._seam = Seam(self.host, managed, around, self._attention, raw=method.raw())
         except BaseException:
             self.remove()
             raise

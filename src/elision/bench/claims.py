@@ -64,6 +64,7 @@ class Claim:
         bound: the number without an effect.
         tolerance: for "equal".
         once: whether the number of steps makes no difference.
+        model: the zoo's model that the experiment is made for, where it is not that of the family.
     """
 
     key: str
@@ -76,6 +77,7 @@ class Claim:
     bound: float = 0.0
     tolerance: float = 0.0
     once: bool = False
+    model: str = ""
 
     @property
     def method(self) -> str:
@@ -133,6 +135,11 @@ def examine(claim: Claim, lab: Any, steps: int, *, stepped: bool = True) -> list
         rows = list(claim.measure(lab, steps))
     except (UnsupportedTarget, OptionError) as error:
         rows = [Measured("", None, str(error))]
+    return judged(claim, rows, None if claim.once or not stepped else steps)
+
+
+def judged(claim: Claim, rows: Iterable[Measured], steps: int | None) -> list[Finding]:
+    """The findings of measurements at a number of steps."""
     found: list[Finding] = []
     for row in rows:
         verdict, why = judge(claim, row)
@@ -145,7 +152,7 @@ def examine(claim: Claim, lab: Any, steps: int, *, stepped: bool = True) -> list
                 claim.metric,
                 claim.direction,
                 claim.baseline,
-                None if claim.once or not stepped else steps,
+                steps,
                 row.setting,
                 row.value,
                 verdict,
@@ -169,13 +176,16 @@ def claim(
     bound: float = 0.0,
     tolerance: float = 0.0,
     once: bool = False,
+    model: str = "",
 ) -> Callable[[Measure], Measure]:
     """Enrol the decorated experiment as a claim; the arguments are those of `Claim`."""
 
     def enrol(measure: Measure) -> Measure:
         if key in _registry and _registry[key].measure.__module__ != measure.__module__:
             raise OptionError(f"claim {key!r} is taken by {_registry[key].measure.__module__}")
-        _registry[key] = Claim(key, statement, paper, metric, direction, baseline, measure, bound, tolerance, once)
+        _registry[key] = Claim(
+            key, statement, paper, metric, direction, baseline, measure, bound, tolerance, once, model
+        )
         return measure
 
     return enrol

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from elision.bench import claims, results
 from elision.bench.claims import Claim, Finding
-from elision.errors import OptionError, UnknownName
+from elision.bench.policy.subject import is_policy
+from elision.errors import MissingDependency, OptionError, UnknownName
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+POLICY = "metaworld-policy"
 _STYLES = {"holds": "green", "does not hold": "red", "not testable here": "yellow"}
 
 
@@ -32,6 +34,7 @@ class Reproduction:
         steps, seeds, images: of the denoise methods; images per run.
         prompts, length: of the methods on K/V caches: prompts per task, and their tokens.
         questions, total: of the methods for masked-diffusion models: questions per task, tokens of prompt and answer.
+        episodes, denoising: of the claims on policies: episodes per task, denoising steps.
         findings: in the order of the claims.
     """
 
@@ -44,12 +47,15 @@ class Reproduction:
     length: int = 0
     questions: int = 0
     total: int = 0
+    episodes: int = 0
+    denoising: int = 0
     findings: list[Finding] = field(default_factory=list)
 
     def setting(self) -> dict[str, Any]:
         """What was asked for."""
         names = ("names", "model", "steps", "seeds", "images", "prompts", "length", "questions", "total")
-        return {name: getattr(self, name) for name in names}
+        policies = ("episodes", "denoising") if self.episodes else ()
+        return {name: getattr(self, name) for name in (*names, *policies)}
 
     def to_dict(self) -> dict[str, Any]:
         """Setting and findings, for JSON."""
@@ -68,6 +74,7 @@ class Reproduction:
         parts = [f"{self.images} images per run, {len(self.seeds)} seeds"] if self.images else []
         parts += [f"{self.prompts} prompts of {self.length} tokens per task"] if self.prompts else []
         parts += [f"{self.questions} questions of {self.total} tokens per task"] if self.questions else []
+        parts += [f"{self.episodes} episodes per task, {self.denoising} denoising steps"] if self.episodes else []
         return "".join(f", {part}" for part in parts)
 
     def table(self) -> Table:
@@ -112,6 +119,7 @@ def run_claims(
     seeds: int | Sequence[int] = 6,
     prompts: int | Sequence[int] | None = None,
     length: int | None = None,
+    episodes: int | Sequence[int] = 50,
     progress: Callable[[int, int, str], None] = _silent,
 ) -> Reproduction:
     """Test the claims of methods, each family on a model of its own.
@@ -120,16 +128,22 @@ def run_claims(
         names: methods, or `all`.
         model: a zoo name, a hub id, a local path, a loaded pipeline or (model, tokenizer), a `Subject` or
             `LanguageSubject`; by default `garments-flux` for denoise methods, `smollm2` for those on K/V caches and
-            `digits-mdlm` for those for masked-diffusion models.
+            `digits-mdlm` for those for masked-diffusion models; claims on policies have `metaworld-policy`.
         family: only methods of this family; needed beside a `model` where names belong to several.
         steps: numbers of steps to test denoise methods at.
         seeds: how many, or which, for denoise methods; at least two, or there is no interval to judge by.
         prompts: the same for methods on language models: prompts of every task, by default 12, or 6 where each is
             decoded without a cache first.
         length: tokens of such a prompt, by default 320; of masked-diffusion models prompt and answer, by default 128.
+        episodes: of every task of a policy: how many, or which seeds.
         progress: told how many of how many experiments are done, and what runs next.
     """
     chosen = _choose(names, family or _family_of(model))
+    if model is not None:
+        on_policy = is_policy(model)
+        chosen = [c for c in chosen if (c.model == POLICY) == on_policy]
+        if not chosen:
+            raise OptionError(f"none of {', '.join(names)} has claims on {'policies' if on_policy else 'this model'}")
     families = list(dict.fromkeys(claim.family for claim in chosen))
     if model is not None and len(families) > 1:
         raise OptionError(f"one model cannot serve {' and '.join(families)}: name the family")
@@ -142,7 +156,11 @@ def run_claims(
         elif name == "dllm":
             models.append(_dllm(out, mine, model, _numbers(_or(prompts, 6), "prompt"), length or 128, progress))
         else:
-            models.append(_denoise(out, mine, model, _numbers(seeds, "seed"), steps, progress))
+            images, policies = ([c for c in mine if (c.model == POLICY) == on] for on in (False, True))
+            if images:
+                models.append(_denoise(out, images, model, _numbers(seeds, "seed"), steps, progress))
+            if policies:
+                models.append(_policy(out, policies, model, _numbers(episodes, "episode"), progress))
     out.model = ", ".join(models)
     return out
 
@@ -166,7 +184,8 @@ def _family_of(model: Any) -> str | None:
     if model is None:
         return None
     if isinstance(model, str):
-        return {"smollm2": "kv", "garments-flux": "denoise", "digits-mdlm": "dllm"}.get(model)
+        known = {"smollm2": "kv", "garments-flux": "denoise", "digits-mdlm": "dllm"}
+        return "denoise" if is_policy(model) else known.get(model)
     if type(model).__name__ in ("DllmSubject", "DigitsMdlm", "MaskedLM"):
         return "dllm"
     return "kv" if isinstance(model, tuple) or (hasattr(model, "tokenizer") and hasattr(model, "frame")) else "denoise"
@@ -203,6 +222,27 @@ def _denoise(
     for place[0], (claim, total) in enumerate(tests):
         progress(place[0], len(tests), claim.key)
         out.findings += claims.examine(claim, lab, total)
+    return subject.name
+
+
+def _policy(out: Reproduction, mine: Sequence[Claim], model: Any, seeds: list[int], progress: Progress) -> str:
+    from elision.bench.policy.lab import PolicyLab
+    from elision.bench.policy.subject import load_policy
+
+    try:
+        subject = load_policy(POLICY if model is None else model)
+    except MissingDependency as error:
+        if model is not None:
+            raise
+        rows = [claims.Measured("", None, str(error))]
+        out.findings += [found for claim in mine for found in claims.judged(claim, rows, None)]
+        return POLICY
+    place = [0]
+    lab = PolicyLab(subject, seeds, lambda what: progress(place[0], len(mine), what))
+    out.episodes, out.denoising = len(seeds), subject.steps
+    for place[0], claim in enumerate(mine):
+        progress(place[0], len(mine), claim.key)
+        out.findings += claims.examine(claim, lab, subject.steps)
     return subject.name
 
 

@@ -22,6 +22,7 @@ from elision.cli._common import (
     steps_of,
     table_width,
 )
+from elision.cli._compare_policy import policy
 from elision.errors import MissingDependency
 
 if TYPE_CHECKING:
@@ -44,9 +45,14 @@ def denoise(
         typer.Option(help='Methods with options, as in "taylorseer:interval=4,easycache:threshold=0.1"; repeatable.'),
     ] = None,
     steps: Annotated[str | None, typer.Option(help='One or more numbers of steps, as in "28,50".')] = None,
-    seeds: Annotated[str, typer.Option(help='How many seeds ("5"), or which ("3,7").')] = "5",
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeat for a batch.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Images per run.")] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(help='How many seeds ("5"), or which ("3,7"); of a policy, episodes per task (50 by default).'),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt, or of a policy a task; repeat for several.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images per run; of a policy, episodes at a time.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     controls: Annotated[bool, typer.Option(help="Add uniform, random and stale reuse at matched cost.")] = True,
     output: Annotated[Path | None, typer.Option("--out", "--output", "-o", help="Result file (.jsonl).")] = None,
@@ -56,13 +62,30 @@ def denoise(
     """Compare denoise methods: quality, speed, cost and memory, each beside the uncached run and fewer steps."""
     need_bench(report)
     from elision.bench.compare import compare_denoise
+    from elision.bench.policy.subject import is_policy
+
+    if is_policy(model):
+        policy(
+            model,
+            methods,
+            steps=steps,
+            seeds=seeds,
+            tasks=prompt,
+            together=batch,
+            guidance=guidance,
+            controls=controls,
+            output=output or _default(Path(model).name),
+            report=report,
+            as_json=as_json,
+        )
+        return
 
     with progress(silent=as_json) as move:
         result = compare_denoise(
             model,
             methods or "auto",
             steps=steps_of(steps),
-            seeds=seeds_of(seeds),
+            seeds=seeds_of(seeds or "5"),
             prompts=prompt,
             batch=batch,
             guidance=guidance,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from elision.bench.claims import Claim, Finding
     from elision.bench.compare import Comparison, compare_denoise
     from elision.bench.dllm.compare import compare_dllm
-    from elision.bench.policy.compare import compare_policy
+    from elision.bench.policy.comparing import compare_policy
     from elision.bench.reproduce import run_claims
 
 __all__ = ["Claim", "Comparison", "Finding", "compare_denoise", "compare_dllm", "compare_policy", "run_claims"]
@@ -27,7 +27,7 @@ _WHERE = {
     "Finding": "claims",
     "compare_denoise": "compare",
     "compare_dllm": "dllm.compare",
-    "compare_policy": "policy.compare",
+    "compare_policy": "policy.comparing",
     "run_claims": "reproduce",
 }
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -64,7 +65,7 @@ class Claim:
         bound: the number without an effect.
         tolerance: for "equal".
         once: whether the number of steps makes no difference.
-        model: the zoo's model that the experiment is made for, where it is not that of the family.
+        model: the zoo model that the experiment is written for; empty for the usual one of the family.
     """
 
     key: str
@@ -106,6 +107,7 @@ class Finding:
     ours: Estimate | None
     verdict: Verdict
     why: str
+    model: str = ""
 
 
 def judge(claim: Claim, measured: Measured) -> tuple[Verdict, str]:
@@ -135,11 +137,11 @@ def examine(claim: Claim, lab: Any, steps: int, *, stepped: bool = True) -> list
         rows = list(claim.measure(lab, steps))
     except (UnsupportedTarget, OptionError) as error:
         rows = [Measured("", None, str(error))]
-    return judged(claim, rows, None if claim.once or not stepped else steps)
+    return judged(claim, rows, None if claim.once or not stepped else steps, lab.subject.name)
 
 
-def judged(claim: Claim, rows: Iterable[Measured], steps: int | None) -> list[Finding]:
-    """The findings of measurements at a number of steps."""
+def judged(claim: Claim, rows: Iterable[Measured], steps: int | None, model: str) -> list[Finding]:
+    """The findings of measurements on a model at a number of steps."""
     found: list[Finding] = []
     for row in rows:
         verdict, why = judge(claim, row)
@@ -157,6 +159,7 @@ def judged(claim: Claim, rows: Iterable[Measured], steps: int | None) -> list[Fi
                 row.value,
                 verdict,
                 why,
+                model,
             )
         )
     return found
@@ -176,15 +179,19 @@ def claim(
     bound: float = 0.0,
     tolerance: float = 0.0,
     once: bool = False,
-    model: str = "",
+    model: str | None = None,
 ) -> Callable[[Measure], Measure]:
-    """Enrol the decorated experiment as a claim; the arguments are those of `Claim`."""
+    """Enrol the decorated experiment as a claim; the arguments are those of `Claim`.
+
+    Without `model` it is written for the `MODEL` that its file names, if it names one.
+    """
 
     def enrol(measure: Measure) -> Measure:
         if key in _registry and _registry[key].measure.__module__ != measure.__module__:
             raise OptionError(f"claim {key!r} is taken by {_registry[key].measure.__module__}")
+        mine = getattr(sys.modules[measure.__module__], "MODEL", "") if model is None else model
         _registry[key] = Claim(
-            key, statement, paper, metric, direction, baseline, measure, bound, tolerance, once, model
+            key, statement, paper, metric, direction, baseline, measure, bound, tolerance, once, mine
         )
         return measure
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elision.bench import claims, results
 from elision.bench.claims import Claim, Finding
-from elision.bench.policy.subject import is_policy
 from elision.errors import MissingDependency, OptionError, UnknownName
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-POLICY = "metaworld-policy"
+    from elision.bench.subject import Subject
+
+USUAL = "garments-flux"  # of denoise experiments that name no model
+POLICIES = ("metaworld-policy",)  # experiments on these need episodes instead of images
 _STYLES = {"holds": "green", "does not hold": "red", "not testable here": "yellow"}
 
 
@@ -30,11 +32,11 @@ class Reproduction:
 
     Attributes:
         names: of the methods.
-        model: what was tested on; one for each family, joined by commas.
-        steps, seeds, images: of the denoise methods; images per run.
+        model: what was tested on; the models that claims are written for, joined by commas.
+        steps, seeds, images: of the denoise methods; samples per run, the most of any model.
         prompts, length: of the methods on K/V caches: prompts per task, and their tokens.
         questions, total: of the methods for masked-diffusion models: questions per task, tokens of prompt and answer.
-        episodes, denoising: of the claims on policies: episodes per task, denoising steps.
+        episodes: of the claims on policies: of each task; `images` then counts tasks.
         findings: in the order of the claims.
     """
 
@@ -48,14 +50,12 @@ class Reproduction:
     questions: int = 0
     total: int = 0
     episodes: int = 0
-    denoising: int = 0
     findings: list[Finding] = field(default_factory=list)
 
     def setting(self) -> dict[str, Any]:
         """What was asked for."""
         names = ("names", "model", "steps", "seeds", "images", "prompts", "length", "questions", "total")
-        policies = ("episodes", "denoising") if self.episodes else ()
-        return {name: getattr(self, name) for name in (*names, *policies)}
+        return {name: getattr(self, name) for name in (*names, *(("episodes",) if self.episodes else ()))}
 
     def to_dict(self) -> dict[str, Any]:
         """Setting and findings, for JSON."""
@@ -74,7 +74,7 @@ class Reproduction:
         parts = [f"{self.images} images per run, {len(self.seeds)} seeds"] if self.images else []
         parts += [f"{self.prompts} prompts of {self.length} tokens per task"] if self.prompts else []
         parts += [f"{self.questions} questions of {self.total} tokens per task"] if self.questions else []
-        parts += [f"{self.episodes} episodes per task, {self.denoising} denoising steps"] if self.episodes else []
+        parts += [f"{self.episodes} episodes per task of a policy"] if self.episodes else []
         return "".join(f", {part}" for part in parts)
 
     def table(self) -> Table:
@@ -82,6 +82,7 @@ class Reproduction:
         from rich.table import Table
 
         counts = self.verdicts()
+        several = len({f.model for f in self.findings}) > 1
         table = Table(
             title=f"claims on {self.model}{self._size()}",
             caption=", ".join(f"{counts[verdict]} {verdict}" for verdict in _STYLES if counts[verdict])
@@ -100,7 +101,10 @@ class Reproduction:
             last = f.claim
             ours = "–" if f.ours is None else f.ours.interval(".3g")
             table.add_row(
-                f"[bold]{f.claim}[/]\n{f.statement} [dim]({f.metric}; against {f.baseline})[/]" if new else "",
+                f"[bold]{f.claim}[/]\n{f.statement} [dim]({f.metric}; against {f.baseline})[/]"
+                + (f"\n[dim]on {f.model}[/]" if several else "")
+                if new
+                else "",
                 f.paper if new else "",
                 "" if f.steps is None else str(f.steps),
                 f.setting,
@@ -115,35 +119,30 @@ def run_claims(
     *,
     model: Any = None,
     family: str | None = None,
-    steps: Sequence[int] = (28, 50),
+    steps: Sequence[int] | None = None,
     seeds: int | Sequence[int] = 6,
     prompts: int | Sequence[int] | None = None,
     length: int | None = None,
     episodes: int | Sequence[int] = 50,
     progress: Callable[[int, int, str], None] = _silent,
 ) -> Reproduction:
-    """Test the claims of methods, each family on a model of its own.
+    """Test the claims of methods, each on the model that it is written for.
 
     Args:
         names: methods, or `all`.
         model: a zoo name, a hub id, a local path, a loaded pipeline or (model, tokenizer), a `Subject` or
-            `LanguageSubject`; by default `garments-flux` for denoise methods, `smollm2` for those on K/V caches and
-            `digits-mdlm` for those for masked-diffusion models; claims on policies have `metaworld-policy`.
+            `LanguageSubject`; by default the one that an experiment names, else `garments-flux` for denoise methods,
+            `smollm2` for those on K/V caches and `digits-mdlm` for those for masked-diffusion models.
         family: only methods of this family; needed beside a `model` where names belong to several.
-        steps: numbers of steps to test denoise methods at.
+        steps: numbers of steps to test denoise methods at; by default those of the model (28 and 50 of most).
         seeds: how many, or which, for denoise methods; at least two, or there is no interval to judge by.
         prompts: the same for methods on language models: prompts of every task, by default 12, or 6 where each is
             decoded without a cache first.
         length: tokens of such a prompt, by default 320; of masked-diffusion models prompt and answer, by default 128.
-        episodes: of every task of a policy: how many, or which seeds.
+        episodes: the same for policies, in the place of `seeds`: of every task.
         progress: told how many of how many experiments are done, and what runs next.
     """
     chosen = _choose(names, family or _family_of(model))
-    if model is not None:
-        on_policy = is_policy(model)
-        chosen = [c for c in chosen if (c.model == POLICY) == on_policy]
-        if not chosen:
-            raise OptionError(f"none of {', '.join(names)} has claims on {'policies' if on_policy else 'this model'}")
     families = list(dict.fromkeys(claim.family for claim in chosen))
     if model is not None and len(families) > 1:
         raise OptionError(f"one model cannot serve {' and '.join(families)}: name the family")
@@ -156,11 +155,8 @@ def run_claims(
         elif name == "dllm":
             models.append(_dllm(out, mine, model, _numbers(_or(prompts, 6), "prompt"), length or 128, progress))
         else:
-            images, policies = ([c for c in mine if (c.model == POLICY) == on] for on in (False, True))
-            if images:
-                models.append(_denoise(out, images, model, _numbers(seeds, "seed"), steps, progress))
-            if policies:
-                models.append(_policy(out, policies, model, _numbers(episodes, "episode"), progress))
+            numbers = {"image": _numbers(seeds, "seed"), "policy": _numbers(episodes, "episode")}
+            models += _denoise(out, mine, model, numbers, steps, progress)
     out.model = ", ".join(models)
     return out
 
@@ -184,8 +180,8 @@ def _family_of(model: Any) -> str | None:
     if model is None:
         return None
     if isinstance(model, str):
-        known = {"smollm2": "kv", "garments-flux": "denoise", "digits-mdlm": "dllm"}
-        return "denoise" if is_policy(model) else known.get(model)
+        known = {"smollm2": "kv", "digits-mdlm": "dllm", USUAL: "denoise", **dict.fromkeys(POLICIES, "denoise")}
+        return known.get(model)
     if type(model).__name__ in ("DllmSubject", "DigitsMdlm", "MaskedLM"):
         return "dllm"
     return "kv" if isinstance(model, tuple) or (hasattr(model, "tokenizer") and hasattr(model, "frame")) else "denoise"
@@ -206,44 +202,79 @@ Progress = Callable[[int, int, str], None]
 
 
 def _denoise(
-    out: Reproduction, mine: Sequence[Claim], model: Any, seeds: list[int], steps: Sequence[int], progress: Progress
-) -> str:
-    from elision.bench.lab import Lab
+    out: Reproduction,
+    mine: Sequence[Claim],
+    model: Any,
+    numbers: Mapping[str, list[int]],
+    steps: Sequence[int] | None,
+    progress: Progress,
+) -> list[str]:
+    """Each claim on its model, model by model, so that only one is in memory; `numbers` are seeds by kind of model."""
+    if steps is not None and (not steps or min(steps) < 2):
+        raise OptionError(f"steps={list(steps)} is out of range; each must be at least 2")
+    wanted = [model] if model is not None else list(dict.fromkeys(claim.model or USUAL for claim in mine))
+    findings: dict[str, list[Finding]] = {claim.key: [] for claim in mine}
+    names: list[str] = []
+    for place, name in enumerate(wanted):
+        some = [claim for claim in mine if model is not None or (claim.model or USUAL) == name]
+        told = _scaled(progress, place, len(wanted))
+        try:
+            subject, found = _on_model(some, name, numbers, steps, told)
+        except MissingDependency as error:
+            if model is not None or name == USUAL:
+                raise
+            missing = [claims.Measured("", None, str(error))]
+            found, subject = [f for claim in some for f in claims.judged(claim, missing, None, name)], None
+        for finding in found:
+            findings[finding.claim].append(finding)
+        names.append(name if subject is None else subject.name)
+        if subject is not None:
+            out.images = max(out.images, len(subject.prompts))
+            out.steps = sorted({*out.steps, *_steps(subject, steps)})
+            if subject.kind == "policy":
+                out.episodes = len(numbers["policy"])
+            else:
+                out.seeds = numbers["image"]
+    out.findings += [finding for found in findings.values() for finding in found]
+    return names
+
+
+def _steps(subject: Subject, steps: Sequence[int] | None) -> Sequence[int]:
+    """The model's own where none are asked for; a policy is always tested at its own."""
+    return subject.grids if steps is None or subject.kind == "policy" else steps
+
+
+def _on_model(
+    mine: Sequence[Claim],
+    model: Any,
+    numbers: Mapping[str, list[int]],
+    steps: Sequence[int] | None,
+    progress: Progress,
+) -> tuple[Subject, list[Finding]]:
+    from elision.bench.lab import lab_for
     from elision.bench.subject import load_subject
 
-    if not steps or min(steps) < 2:
-        raise OptionError(f"steps={list(steps)} is out of range; each must be at least 2")
-    subject = load_subject("garments-flux" if model is None else model)
-    tests = [(claim, total) for claim in mine for total in _grids(claim, steps)]
+    subject = load_subject(model)
+    on_policy = subject.kind == "policy"
+    mine = [claim for claim in mine if (claim.model in POLICIES) == on_policy]
+    if not mine:
+        raise OptionError(f"none of the claims asked for is about {'policies' if on_policy else 'this kind of model'}")
+    chosen = _steps(subject, steps)
+    tests = [(claim, total) for claim in mine for total in _grids(claim, chosen)]
     place = [0]
-    lab = Lab(subject, seeds, lambda what: progress(place[0], len(tests), what))
-    lab.warm_up(steps[0])
-    out.steps, out.seeds, out.images = list(steps), seeds, len(subject.prompts)
+    lab = lab_for(
+        subject, numbers["policy" if on_policy else "image"], lambda what: progress(place[0], len(tests), what)
+    )
+    lab.warm_up(chosen[0])
+    found: list[Finding] = []
     for place[0], (claim, total) in enumerate(tests):
         progress(place[0], len(tests), claim.key)
-        out.findings += claims.examine(claim, lab, total)
-    return subject.name
+        found += claims.examine(claim, lab, total)
+    return subject, found
 
 
-def _policy(out: Reproduction, mine: Sequence[Claim], model: Any, seeds: list[int], progress: Progress) -> str:
-    from elision.bench.policy.lab import PolicyLab
-    from elision.bench.policy.subject import load_policy
-
-    try:
-        subject = load_policy(POLICY if model is None else model)
-    except MissingDependency as error:
-        if model is not None:
-            raise
-        rows = [claims.Measured("", None, str(error))]
-        out.findings += [found for claim in mine for found in claims.judged(claim, rows, None)]
-        return POLICY
-    place = [0]
-    lab = PolicyLab(subject, seeds, lambda what: progress(place[0], len(mine), what))
-    out.episodes, out.denoising = len(seeds), subject.steps
-    for place[0], claim in enumerate(mine):
-        progress(place[0], len(mine), claim.key)
-        out.findings += claims.examine(claim, lab, subject.steps)
-    return subject.name
+def _scaled(progress: Progress, place: int, of: int) -> Progress:
+    return lambda done, total, what: progress(place * total + done, of * total, what)
 
 
 def _kv(out: Reproduction, mine: Sequence[Claim], model: Any, seeds: list[int], length: int, progress: Progress) -> str:

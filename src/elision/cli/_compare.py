@@ -22,10 +22,10 @@ from elision.cli._common import (
     steps_of,
     table_width,
 )
-from elision.cli._compare_policy import policy
 from elision.errors import MissingDependency
 
 if TYPE_CHECKING:
+    from elision.bench.policy.summary import PolicyComparison
     from elision.bench.summary import Comparison
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="Compare methods with their baselines and controls.")
@@ -52,7 +52,7 @@ def denoise(
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt, or of a policy a task; repeat for several.")
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Images per run; of a policy, episodes at a time.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images per run.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     controls: Annotated[bool, typer.Option(help="Add uniform, random and stale reuse at matched cost.")] = True,
     output: Annotated[Path | None, typer.Option("--out", "--output", "-o", help="Result file (.jsonl).")] = None,
@@ -62,37 +62,41 @@ def denoise(
     """Compare denoise methods: quality, speed, cost and memory, each beside the uncached run and fewer steps."""
     need_bench(report)
     from elision.bench.compare import compare_denoise
-    from elision.bench.policy.subject import is_policy
+    from elision.bench.policy.summary import PolicyComparison
 
-    if is_policy(model):
-        policy(
-            model,
-            methods,
-            steps=steps,
-            seeds=seeds,
-            tasks=prompt,
-            together=batch,
-            guidance=guidance,
-            controls=controls,
-            output=output or _default(Path(model).name),
-            report=report,
-            as_json=as_json,
-        )
-        return
-
+    result: Any  # of policies another kind
     with progress(silent=as_json) as move:
         result = compare_denoise(
             model,
             methods or "auto",
             steps=steps_of(steps),
-            seeds=seeds_of(seeds or "5"),
+            seeds=None if seeds is None else seeds_of(seeds),
             prompts=prompt,
             batch=batch,
             guidance=guidance,
             controls=controls,
             progress=move,
         )
-    publish(result, output or _default(result.model), report, as_json)
+    path = output or _default(result.model)
+    if isinstance(result, PolicyComparison):
+        publish_policy(result, path, report, as_json)
+    else:
+        publish(result, path, report, as_json)
+
+
+def publish_policy(result: PolicyComparison, path: Path, report: bool, as_json: bool) -> None:
+    """Write the files, print the table."""
+    result.save(path)
+    page: Path | None = None
+    if report:
+        from elision.bench.policy.report import write_report
+
+        page = write_report(result, path.with_suffix(".html"))
+    if as_json:
+        print_json({**result.to_dict(), "files": {"results": str(path), "report": str(page) if page else None}})
+        return
+    print_table(result.table(table_width()))
+    _say(result.notes, path, page)
 
 
 @app.command("kv")

@@ -80,7 +80,8 @@ class World:
         """What the scripted expert does at the present observation, [4] in [-1, 1]."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns that its gain saturates, which is meant
-            return np.clip(np.asarray(self._expert.get_action(self.observation)), -1, 1).astype(np.float32)
+            wanted: Array = np.asarray(self._expert.get_action(self.observation), np.float32)
+            return wanted.clip(-1, 1)
 
 
 @dataclass(frozen=True)

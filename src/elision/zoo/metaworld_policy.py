@@ -150,7 +150,8 @@ class PolicyPipeline(DiffusionPipeline):  # type: ignore[misc]
                 bar.update()
         self.maybe_free_model_hooks()
         first = self.transformer.config.observed - 1
-        return x[:, first : first + EXECUTED].float().clamp(-1, 1)
+        chunk: Tensor = x[:, first : first + EXECUTED]
+        return chunk.float().clamp(-1, 1)
 
 
 def condition(states: Tensor, tasks: Tensor) -> Tensor:
@@ -161,7 +162,9 @@ def condition(states: Tensor, tasks: Tensor) -> Tensor:
 
 def scheduler() -> DDPMScheduler:
     """The noise schedule of Diffusion Policy."""
-    return DDPMScheduler(STEPS, beta_schedule="squaredcos_cap_v2", clip_sample=True, prediction_type="epsilon")
+    return DDPMScheduler(
+        num_train_timesteps=STEPS, beta_schedule="squaredcos_cap_v2", clip_sample=True, prediction_type="epsilon"
+    )
 
 
 def windows(shown: Sequence[Demonstration]) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,7 +185,7 @@ def windows(shown: Sequence[Demonstration]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def train_pipeline(
-    steps: int = 6000,
+    steps: int = 2500,
     batch: int = 128,
     lr: float = 1e-3,
     muon: float | None = 4e-3,
@@ -222,7 +225,7 @@ def train_pipeline(
         if folder is not None and done % (10 * every) == 0:
             torch.save(averaged.state_dict(), folder / "partial.pt")
 
-    averaged = _training.fit(model, loss, steps=steps, lr=lr, muon=muon, keep=keep, every=every)
+    averaged: Any = _training.fit(model, loss, steps=steps, lr=lr, muon=muon, keep=keep, every=every)
     return PolicyPipeline(averaged, scheduler())
 
 

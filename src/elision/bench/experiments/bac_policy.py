@@ -13,7 +13,7 @@ from functools import partial
 from elision.bench import stats
 from elision.bench.claims import Measured, claim
 from elision.bench.experiments.bac import Even
-from elision.bench.policy.lab import PolicyLab
+from elision.bench.policy.laboratory import PolicyLab
 from elision.bench.policy.measure import Way
 from elision.denoise.adapters import adapter_for
 from elision.denoise.methods.bac import BAC

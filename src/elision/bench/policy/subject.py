@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from elision.errors import MissingDependency, OptionError, UnknownName, UnsupportedTarget
+from elision.bench.subject import Subject, load_subject
+from elision.errors import OptionError, UnknownName, UnsupportedTarget
 from elision.zoo.metaworld import Act, Episode, play
 
-ZOO = ("metaworld-policy",)
 Array = NDArray[Any]
 
 
@@ -55,11 +52,12 @@ class PolicySubject:
     Attributes:
         name: how results call it.
         pipe: a diffusers pipeline; `pipe(states, task, steps, generators)` gives actions [B, n, A] of rows [B, 2, D].
-        tasks: what it has learnt.
+        tasks: what it is tried on.
         world: makes an environment of a task.
         steps: denoising steps that it is usually sampled with.
         limit: control steps after which an episode has failed.
         together: episodes that run at a time.
+        known: what it has learnt; `tasks` must be among them.
     """
 
     name: str
@@ -69,7 +67,20 @@ class PolicySubject:
     steps: int = 100
     limit: int = 160
     together: int = 50
-    _worlds: dict[str, list[World]] = field(default_factory=dict, repr=False)
+    known: Sequence[str] = ()
+    _worlds: dict[str, list[World]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Tasks are known and named once."""
+        for task in self.tasks:
+            if self.known and task not in self.known:
+                raise UnknownName.of("task", task, self.known)
+        if len(set(self.tasks)) < len(self.tasks):
+            raise OptionError(f"tasks={list(self.tasks)} names a task twice")
+
+    def subject(self) -> Subject:
+        """As `elision.bench.compare_denoise` and `elision.bench.run_claims` take it."""
+        return Subject(self.name, self, list(self.tasks), self.steps, kind="policy", grids=(self.steps,))
 
     def worlds(self, task: str, count: int) -> list[World]:
         """`count` environments of a task, kept for later."""
@@ -122,46 +133,14 @@ def noise_of(seeds: Sequence[int], chunk: int) -> Any:
     return importlib.import_module("elision.zoo.metaworld_policy").noise_of(seeds, chunk)
 
 
-def is_policy(model: Any) -> bool:
-    """Whether `model` is a policy rather than something that draws; looks at names alone, nothing is loaded."""
-    if not isinstance(model, str):
-        return isinstance(model, PolicySubject) or type(model).__name__ == "PolicyPipeline"
-    index = Path(model) / "model_index.json"
-    return model in ZOO or (index.is_file() and json.loads(index.read_text()).get("_class_name") == "PolicyPipeline")
-
-
 def load_policy(model: Any = "metaworld-policy", tasks: Sequence[str] = ()) -> PolicySubject:
-    """A subject from a zoo name, a folder, a loaded pipeline, or a `PolicySubject`.
+    """A policy from a `PolicySubject`, a subject that holds one, or whatever `load_subject` loads one from.
 
     Args:
         model: what to compare on.
-        tasks: some of its tasks; by default all.
+        tasks: some of its tasks; by default those of the subject.
     """
-    subject = model if isinstance(model, PolicySubject) else _load(model)
-    for task in tasks:
-        if task not in subject.tasks:
-            raise UnknownName.of("task", task, subject.tasks)
-    if len(set(tasks)) < len(tasks):
-        raise OptionError(f"tasks={list(tasks)} names a task twice")
-    if tasks:
-        subject = PolicySubject(
-            subject.name, subject.pipe, list(tasks), subject.world, subject.steps, subject.limit, subject.together
-        )
-    return subject
-
-
-def _load(model: Any) -> PolicySubject:
-    if not is_policy(model):
-        raise UnsupportedTarget(f"{model!r} is no policy: pass one of {', '.join(ZOO)}, or a folder of that recipe")
-    if importlib.util.find_spec("diffusers") is None:
-        raise MissingDependency("diffusers is not installed: pip install 'elision[diffusers]'")
-    from elision.zoo.metaworld import TASKS, World, needed
-
-    needed()  # before anything is loaded
-    name, pipe = type(model).__name__, model
-    if isinstance(model, str):
-        name = model if model in ZOO else Path(model).resolve().name
-        folder = None if model in ZOO else model
-        pipe = importlib.import_module("elision.zoo").load("metaworld-policy", folder)
-    pipe.set_progress_bar_config(disable=True)
-    return PolicySubject(name, pipe, TASKS, World)
+    held = model if isinstance(model, PolicySubject) else load_subject(model).pipe
+    if not isinstance(held, PolicySubject):
+        raise UnsupportedTarget(f"{model!r} is no policy: pass 'metaworld-policy', or a folder of that recipe")
+    return replace(held, tasks=list(tasks or held.tasks), known=held.known or tuple(held.tasks))

@@ -134,7 +134,7 @@ class PolicyComparison:
 
     def save(self, path: str | Path) -> Path:
         """Write a result file: the setting, one record per arm and per row."""
-        records = [{"kind": "arm", "arm": dataclasses.asdict(arm)} for arm in self.arms]
+        records: list[dict[str, Any]] = [{"kind": "arm", "arm": dataclasses.asdict(arm)} for arm in self.arms]
         records += [{"kind": "row", "row": row} for row in self.rows()]
         return results.write(path, "compare-policy", self.setting(), records)
 

@@ -7,13 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
 from elision.denoise.sites import argument, parameter_names
+from elision.hooks.attention import AttentionCalls
 from elision.hooks.taps import Inner, Tap, tap_call
-
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
 def received(
@@ -51,19 +48,6 @@ def received(
             products = products.masked_fill(~mine, -torch.inf) if mine.dtype == torch.bool else products + mine
         total += products.softmax(-1)[..., image].sum(dim=(1, 2)) / q.shape[1]
     return total / total.sum(-1, keepdim=True)
-
-
-class _Spy(TorchFunctionMode):
-    """Shows every scaled dot product attention to a function."""
-
-    def __init__(self, seen: Callable[[Mapping[str, Any]], None]) -> None:
-        super().__init__()
-        self._seen = seen
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is scaled_dot_product_attention:
-            self._seen(dict(zip(_NAMES, args, strict=False)) | (kwargs or {}))
-        return func(*args, **(kwargs or {}))
 
 
 class AttentionWatch:
@@ -116,7 +100,7 @@ class AttentionWatch:
             self.pending.setdefault(path, []).append(mine)
 
         def wrap(inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            with _Spy(seen):
+            with AttentionCalls(seen):
                 return inner(*args, **kwargs)
 
         return wrap

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elision.bench.policy import subject as subjects
-from elision.bench.policy.compare import compare_policy
+from elision.bench import subject as subjects
+from elision.bench.policy.comparing import compare_policy
 from elision.bench.policy.report import render, write_report
 from elision.bench.policy.subject import PolicySubject
 from elision.bench.policy.summary import PolicyComparison
@@ -23,7 +23,7 @@ METHODS = ["bac:num_caches=3,union_blocks=2", "uniform:interval=1", "taylorseer:
 @pytest.fixture(scope="module")
 def comparison() -> PolicyComparison:
     told: list[tuple[int, int, str]] = []
-    subject = PolicySubject("random-policy", small_pipeline(), TASKS[:2], Plane, steps=10, limit=24, together=3)
+    subject = PolicySubject("random-policy", small_pipeline(), TASKS[:2], Plane, steps=10, limit=16, together=4)
     result = compare_policy(subject, METHODS, episodes=4, timing=2, progress=lambda *a: told.append(a))
     assert any("bac" in what for _, _, what in told)
     assert all(done <= total for done, total, _ in told)
@@ -113,7 +113,7 @@ def test_bad_requests(subject: PolicySubject, arguments: dict[str, object], mess
 
 
 def test_the_command_line(subject: PolicySubject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subjects, "_load", lambda model: subject)
+    monkeypatch.setattr(subjects, "_load", lambda model, prompts: subject.subject())
     arguments = ["--model", "metaworld-policy", "--methods", "uniform:interval=2", "--seeds", "2", "--no-controls"]
     told = json.loads(command("compare", "denoise", *arguments, "-o", str(tmp_path / "c.jsonl"), "--json").stdout)
     assert [row["label"] for row in told["rows"]] == ["ddpm:steps=10", "uniform:interval=2"]
@@ -121,7 +121,7 @@ def test_the_command_line(subject: PolicySubject, tmp_path: Path, monkeypatch: p
     shown = command("compare", "denoise", *arguments, "-o", str(tmp_path / "d.jsonl"), "--no-report").stdout
     assert "control Hz" in shown
     assert not (tmp_path / "d.html").exists()
-    for more, message in ((["--guidance", "2"], "guidance=2"), (["--steps", "5,6"], "takes one")):
+    for more, message in ((["--guidance", "2"], "guidance"), (["--steps", "5,6"], "takes one")):
         assert message in command("compare", "denoise", *arguments, *more, code=2).stderr
 
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from elision.bench.compare import matched_controls
-from elision.bench.policy.lab import PolicyLab
+from elision.bench.policy import AUTO
+from elision.bench.policy.laboratory import PolicyLab
 from elision.bench.policy.measure import Way
 from elision.bench.policy.subject import load_policy
 from elision.bench.policy.summary import Kind, PolicyArm, PolicyComparison
@@ -17,12 +18,6 @@ from elision.denoise.policy import DenoiseMethod
 from elision.errors import OptionError
 from elision.profile import Profile
 
-AUTO = (
-    "bac",
-    "bac:num_caches=5",
-    "bac:union_blocks=0",
-    "taylorseer:interval=4",
-)
 Progress = Callable[[int, int, str], None]
 
 
@@ -32,7 +27,7 @@ def _silent(done: int, total: int, what: str) -> None:
 
 def compare_policy(
     model: Any = "metaworld-policy",
-    methods: str | Iterable[str] = "auto",
+    methods: str | Iterable[str | Spec] = "auto",
     *,
     steps: int | None = None,
     tasks: Sequence[str] = (),
@@ -51,7 +46,7 @@ def compare_policy(
 
     Args:
         model: a zoo name, a folder, a loaded pipeline or a `PolicySubject`.
-        methods: texts like "bac:num_caches=5", or "auto".
+        methods: texts like "bac:num_caches=5", what they mean, or "auto".
         steps: denoising steps; by default the policy's own.
         tasks: some of the policy's tasks; by default all.
         episodes: how many per task, or which seeds.
@@ -60,7 +55,7 @@ def compare_policy(
         timing: rounds of the timing; 0 leaves it out.
         progress: told how many of how many parts are done, and what runs next.
     """
-    specs = parse_many(AUTO if methods == "auto" else methods)
+    specs = _specs(methods)
     seeds = list(range(episodes)) if isinstance(episodes, int) else list(episodes)
     if not seeds:
         raise OptionError("episodes=0 is out of range; it must be at least 1")
@@ -73,6 +68,11 @@ def compare_policy(
         raise OptionError(f"together={together} is out of range; it must be at least 1")
     subject = replace(subject, steps=steps or subject.steps, together=together or subject.together)
     return _Race(PolicyLab(subject, seeds), specs, controls, timing, progress).run()
+
+
+def _specs(methods: str | Iterable[str | Spec]) -> list[Spec]:
+    asked = list(AUTO) if methods == "auto" else [methods] if isinstance(methods, str) else list(methods)
+    return [found for one in asked for found in ([one] if isinstance(one, Spec) else parse_many(one))]
 
 
 class _Race:
@@ -114,7 +114,7 @@ class _Race:
                 self._add("control", Way(lab.subject.steps, method))
         if self.controls:
             for way in methods:
-                fewer = [self._add("fewer_steps", lab.fewer(way, sampler)) for sampler in ("ddpm", "ddim")]  # type: ignore[arg-type]
+                fewer = [self._add("fewer_steps", lab.fewer(way, sampler)) for sampler in ("ddpm", "ddim")]
                 self.arms[way].equal_cost = fewer[-1].label
         self._play()
         times = lab.times(list(self.arms), self.timing) if self.timing else {}

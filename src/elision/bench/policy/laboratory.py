@@ -47,6 +47,10 @@ class PolicyLab:
         """The uncached policy."""
         return Way(self.subject.steps)
 
+    def warm_up(self, steps: int) -> None:
+        """One chunk that is thrown away."""
+        self.subject.answer(steps, self.observations()[:1])
+
     # -- profiles ------------------------------------------------------------------------------------------------
 
     def observations(self) -> list[Seen]:

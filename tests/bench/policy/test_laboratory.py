@@ -2,21 +2,22 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
-from elision.bench import reproduce
+from elision import zoo
+from elision.bench import claims
 from elision.bench.experiments.bac import Even
 from elision.bench.experiments.bac_policy import _Schedules
-from elision.bench.policy import subject as subjects
-from elision.bench.policy.lab import HELD_OUT, PolicyLab
+from elision.bench.policy.laboratory import HELD_OUT, PolicyLab
 from elision.bench.policy.measure import Way
-from elision.bench.policy.subject import PolicySubject, is_policy, load_policy
+from elision.bench.policy.subject import PolicySubject, load_policy
 from elision.bench.reproduce import run_claims
+from elision.bench.subject import Subject, load_subject
 from elision.denoise.methods.bac import BAC
 from elision.denoise.methods.uniform import Uniform
-from elision.errors import MissingDependency, OptionError, UnsupportedTarget
+from elision.errors import MissingDependency, OptionError, UnknownName, UnsupportedTarget
+from elision.zoo import metaworld
 from elision.zoo.metaworld import TASKS
 from tests.bench.policy.conftest import small_pipeline
 
@@ -86,12 +87,13 @@ def test_ddim_is_put_back(subject: PolicySubject) -> None:
     assert subject.pipe.scheduler is own
 
 
-def test_claims_on_a_policy(subject: PolicySubject, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = run_claims(["bac"], model=subject, episodes=3)
+def test_claims_on_a_policy(subject: PolicySubject) -> None:
+    found = run_claims(["bac"], model=subject.subject(), episodes=3, steps=[4])
     assert found.model == "random-policy"
     assert found.episodes == 3
-    assert found.denoising == 10
-    assert found.images == 0
+    assert found.steps == [10]  # a policy has steps of its own
+    assert found.seeds == []
+    assert "3 episodes per task" in found.table().title  # type: ignore[operator]
     by_claim = {f.claim: f for f in found.findings}
     assert len(by_claim) == 10
     assert all(key.startswith("bac/policy-") for key in by_claim)
@@ -103,27 +105,44 @@ def test_claims_on_a_policy(subject: PolicySubject, monkeypatch: pytest.MonkeyPa
 
 def test_claims_belong_to_models(subject: PolicySubject) -> None:
     with pytest.raises(OptionError, match="policies"):
-        run_claims(["uniform"], model=subject)
+        run_claims(["uniform"], model=subject.subject())
     with pytest.raises(OptionError, match="episode"):
-        run_claims(["bac"], model=subject, episodes=1)
+        run_claims(["bac"], model=subject.subject(), episodes=1)
 
 
 def test_without_metaworld_the_claims_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subjects.importlib.util, "find_spec", lambda name: None if name == "mujoco" else object())
-    monkeypatch.setattr(reproduce, "_denoise", lambda *a: "none")
+    def missing() -> None:
+        raise MissingDependency("mujoco not installed: pip install 'elision[policy]'")
+
+    monkeypatch.setattr(metaworld, "needed", missing)
+    monkeypatch.setattr(zoo, "load", lambda name, folder=None: small_pipeline())
+    known = [claim for claim in claims.claims()["bac"] if claim.model]
+    monkeypatch.setattr(claims, "claims", lambda: {"bac": known})
     found = run_claims(["bac"])
-    assert found.model == "none, metaworld-policy"
+    assert found.model == "metaworld-policy"
+    assert len(found.findings) == 10
     assert {f.verdict for f in found.findings} == {"not testable here"}
     assert all("pip install 'elision[policy]'" in f.why for f in found.findings)
+    assert {f.model for f in found.findings} == {"metaworld-policy"}
     with pytest.raises(MissingDependency, match=r"elision\[policy\]"):
-        load_policy("metaworld-policy")
+        run_claims(["bac"], model="metaworld-policy")
 
 
-def test_what_is_a_policy(subject: PolicySubject, tmp_path: object) -> None:
-    assert is_policy("metaworld-policy")
-    assert is_policy(subject)
-    assert is_policy(small_pipeline())
-    assert not is_policy("garments-flux")
-    assert not is_policy(np)
+def test_what_is_a_policy(subject: PolicySubject) -> None:
+    assert load_policy(subject) == load_policy(subject.subject())
+    assert load_policy(subject, TASKS[:1]).tasks == [TASKS[0]]
+    with pytest.raises(UnknownName, match="door-open"):
+        load_policy(subject, ["door-opn-v3"])
     with pytest.raises(UnsupportedTarget, match="no policy"):
-        load_policy("garments-flux")
+        load_policy(Subject("images", object(), ["a fox"]))
+
+
+def test_the_zoos_policy_is_a_subject(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metaworld, "needed", lambda: None)
+    monkeypatch.setattr(zoo, "load", lambda name, folder=None: small_pipeline())
+    found = load_subject("metaworld-policy", prompts=[TASKS[2]])
+    assert (found.kind, found.steps, found.grids, found.prompts) == ("policy", 100, (100,), [TASKS[2]])
+    assert load_policy("metaworld-policy").tasks == list(TASKS)
+    assert load_subject(small_pipeline()).kind == "policy"
+    with pytest.raises(UnknownName, match="push"):
+        load_subject("metaworld-policy", prompts=["a fox"])

@@ -11,8 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import elision
 from elision.errors import OptionError
-from elision.kv.methods.cake import CAKE, TAUS
+from elision.kv.methods.cake import CAKE, TAUS, _Indicator
 from elision.kv.methods.snapkv import SnapKV
+from elision.kv.parts import Call
 from elision.kv.slicing import shares, single_round, water_filling
 from tests.kv.contracts import Row, check_chunks, check_rows, feed, rig_of
 from tests.kv.models import decode, llama
@@ -240,6 +241,25 @@ def test_a_budget_that_rises_again_does_not_bring_tokens_back() -> None:
         caps = torch.full((1, m), cap)
         budgets.append(single_round(shares(preference[:, :m], total), total, caps).minimum(caps)[0].tolist())
     assert [b[1] for b in budgets[1:]][1:] == [0, 1, 1]
+
+
+def test_a_layer_that_was_emptied_stays_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same example in a cache: the second layer has a budget of 1 beside its window, and nothing left to put in."""
+    w, s = 5, 187 + 5
+    measure = _Indicator._measure
+
+    def given(self: _Indicator, call: Call) -> None:
+        measure(self, call)
+        call.store.state["preference"] = torch.tensor([(1.13, 0.00093, 0.519, 0.024, 0.111)[call.layer]])
+
+    monkeypatch.setattr(_Indicator, "_measure", given)
+    q, k = torch.randn(5, 1, 2, s + 2, 8), torch.randn(5, 1, 2, s + 2, 8)
+    rig = _rig(CAKE(52 + w, window=w), q, k)
+    held = [[rig.kept(m).shape[-1] for m in range(5)] for _ in rig.run(q, k, k, s)]
+    middle = [store.state["middle"] for store in rig.book.stores.values()]
+    assert middle[1] == 1
+    assert [h[1] for h in held] == [w, w + 1, w + 1]
+    assert [h[0] for h in held] == [middle[0] + w] * 3
 
 
 @pytest.mark.parametrize("schedule", ["cascading", "one_shot"])

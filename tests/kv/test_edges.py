@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 import elision
 from elision.errors import ElisionWarning, UnsupportedTarget
 from tests.kv.models import TINY, prompts, tiny
-from tests.kv.settings import Options, label
+from tests.kv.settings import ACTIVE, Options, cases, label
 
 EVICTING: list[tuple[str, Options]] = [
     ("h2o", {"budget": 8}),
@@ -30,6 +30,10 @@ EVICTING: list[tuple[str, Options]] = [
     ("knorm", {"budget": 8, "recent": 4}),
     ("random", {"budget": 8, "recent": 4}),
     ("window", {"budget": 8}),
+    ("layer_shared", {"ratio": 0.5, "kind": "local"}),
+    ("mikv", {"ratio": 0.5, "lo_bits": "drop"}),
+    ("mikv", {"ratio": 0.4, "hi_bits": 8, "params": "float32"}),
+    ("zipcache", {"gap": 6, "norm": "full_count", "params": "float32"}),
 ]
 
 
@@ -139,6 +143,27 @@ def test_a_warm_cache_of_a_padded_batch_has_shares_of_each_row() -> None:
         model(ids[:, :8], attention_mask=mask, position_ids=places[:, 21:], past_key_values=cache)
         held = run.kept(cache)
     assert (held[0] >= 0).sum(-1).tolist() == [[14, 14], [10, 10], [4, 4]]  # half of 29, 21 and 9
+
+
+@pytest.mark.parametrize(("name", "options"), [*cases(ACTIVE), ("layer_shared", {"ratio": 0.5})], ids=label)
+@torch.no_grad()
+def test_a_warm_cache_may_go_on_with_steps(name: str, options: Options) -> None:
+    """The first thing that a method sees may be a step over tokens that came before it was applied."""
+    if options.get("rolling", name == "streaming_llm"):
+        pytest.skip("rolling methods refuse rotated keys")
+    model = tiny("llama")
+    ids, mask = prompts([20, 13])
+    warm = DynamicCache(config=model.config)
+    model(ids, attention_mask=mask, past_key_values=warm)
+    mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
+    want = model(ids[:, -1:], attention_mask=mask, past_key_values=copy.deepcopy(warm)).logits
+    with elision.apply(model, name, **options):
+        out = model(ids[:, -1:], attention_mask=mask, past_key_values=warm).logits
+        torch.testing.assert_close(out, want, atol=1e-5, rtol=0)  # what leaves is read once more
+        for _ in range(4):
+            mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
+            assert model(ids[:, -1:], attention_mask=mask, past_key_values=warm).logits.isfinite().all()
+    assert warm.get_seq_length() == 25
 
 
 @torch.no_grad()

@@ -219,3 +219,38 @@ def test_a_warm_cache_is_taken_over() -> None:
             torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
             assert run.report().slots == {0: 12, 1: 12}
             assert int((run.kept(warm)[0] >= 0).sum(-1).min()) == 12
+
+
+@torch.no_grad()
+def test_a_cache_lies_on_one_device() -> None:
+    """A layer that computes elsewhere, and a cache that was filled elsewhere."""
+    model = copy.deepcopy(tiny("llama"))
+    ids, _ = prompts([20])
+    keys, before = state(model), model(ids).logits
+    handle = model.model.layers[1].self_attn.register_forward_pre_hook(_elsewhere, with_kwargs=True)
+    model.model.layers[1].self_attn.to("meta")
+    with pytest.raises(UnsupportedTarget, match="layer 1 computes on meta, but the cache holds tokens on cpu"):
+        _in_session(model, ids, None)
+    handle.remove()
+    assert state(model) == keys
+    model, warm = tiny("llama"), DynamicCache(config=model.config)
+    model(ids, past_key_values=warm)
+    for layer in warm.layers:
+        layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
+    with pytest.raises(UnsupportedTarget, match="layer 0 computes on cpu, but the cache holds tokens on meta"):
+        _in_session(model, ids[:, :1], warm)
+    assert torch.equal(model(ids).logits, before)
+
+
+def _in_session(model: Any, ids: torch.Tensor, cache: Any) -> None:
+    with elision.apply(model, "cake", budget=8, window=4):
+        model(ids, past_key_values=cache)
+
+
+def _elsewhere(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def moved(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(moved(y) for y in x)
+        return x.to("meta") if isinstance(x, torch.Tensor) else x
+
+    return tuple(moved(x) for x in args), {name: moved(x) for name, x in kwargs.items()}

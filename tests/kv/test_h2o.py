@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 import elision
+from elision.kv.attend import _places
 from elision.kv.methods.h2o import H2O
-from tests.kv.models import decode, llama
+from tests.kv.models import decode, llama, prompts, tiny
 from tests.kv.rig import Recorded, Rig, recorded
 
 CASES = recorded("h2o")
@@ -103,11 +104,13 @@ def test_recorded_logits_with_the_mean_of_a_group() -> None:
     torch.testing.assert_close(logits, case["logits_absolute_mean"].view_as(logits), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(3, 3), (4, 2), (4, 1)])
-def test_brute_force(heads: int, groups: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "groups", "heavy", "recent"), [(3, 3, 5, 4), (4, 2, 5, 4), (4, 1, 5, 4), (4, 2, 9, 0), (4, 2, 0, 9)]
+)
+def test_brute_force(heads: int, groups: int, heavy: int, recent: int) -> None:
     """Scores and victims recomputed from the full history, masking what was evicted: equal sets and outputs."""
     torch.manual_seed(heads * 10 + groups)
-    total, prompt, heavy, recent, d = 40, 23, 5, 4, 8
+    total, prompt, d = 40, 23, 8
     q, k, v = (torch.randn(1, 2, h, total, d) for h in (heads, groups, groups))
     rig = Rig(H2O(heavy=heavy, recent=recent, reduce="sum"))
     alive = torch.ones(2, groups, total, dtype=torch.bool)
@@ -137,3 +140,24 @@ def test_scores_sum_to_the_number_of_rows_before_any_eviction() -> None:
     rig = Rig(H2O(budget=64, reduce="sum"))
     list(rig.run(q, k, k, 20))
     torch.testing.assert_close(rig.book.stores[0].dense["score"].sum(-1), torch.full((1, 2), 60.0))
+
+
+@torch.no_grad()
+def test_rolling_places_follow_each_other_after_a_deep_crop() -> None:
+    """Taking back more than the newest tokens leaves heads with different counts; none may count the gaps."""
+    model = tiny("llama")
+    ids, _ = prompts([30])
+    with elision.apply(model, "h2o", heavy=8, recent=4, rolling=True) as run:
+        cache = run.cache()
+        model(ids, past_key_values=cache)
+        cache.crop(-24)
+        model(ids[:, :1], past_key_values=cache)
+        stores = [layer.store for layer in cache.layers if "valid" in layer.store.dense]
+        assert stores
+        for store in stores:
+            places, valid = _places(store), store.dense["valid"]
+            assert places is not None
+            for held, real in zip(store.dense["pos"][0], valid[0], strict=True):
+                assert bool((held[real].diff() > 0).all())
+                assert bool((places[0][real].diff() == 1).all())
+        assert model(ids[:, :1], past_key_values=cache).logits.isfinite().all()

@@ -95,3 +95,24 @@ def test_the_head_stays_when_nothing_else_may(length: int, ratio: float, first: 
     forget = min(int(length - length * (1 - ratio)), max(length - first, 0))
     expected = [p for p in range(length) if not first <= p < first + forget]
     assert rig.kept()[0, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("mode", ["released", "paper"])
+def test_scores_of_tokens_that_were_taken_back_go_with_them(mode: str) -> None:
+    """In the paper mode; the release knows no crop, and lets scores lie where they are."""
+    rig = Rig(LayerShared(ratio=0.0, mode=mode), layers=2, heads=1)
+    q = torch.randn(1, 1, 26, 8)
+    for phase, part in [("prompt_end", slice(0, 20)), *(("step", slice(t, t + 1)) for t in range(20, 24))]:
+        for i in range(2):
+            rig.feed(i, q[:, :, part], q[:, :, part], phase=phase)
+    for store in rig.book.stores.values():
+        store.crop(3)
+    before = rig.book.state["scores"].clone()
+    for i in range(2):
+        rig.feed(i, q[:, :, 25:], q[:, :, 25:])
+    scores = rig.book.state["scores"][0]
+    logits = q[0, 0, 25] @ q[0, 0, [*range(21), 25]].T / 8**0.5
+    torch.testing.assert_close(scores[:21], before[0, :21] + logits.softmax(-1)[:21])
+    own = before[0, 21] if mode == "released" else 0
+    torch.testing.assert_close(scores[21], own + logits.softmax(-1)[21])
+    assert bool((scores[22:] == (before[0, 22:] if mode == "released" else 0)).all())

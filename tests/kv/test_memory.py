@@ -20,7 +20,12 @@ def model() -> AutoModelForCausalLM:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("h2o", {"budget": 128}), ("snapkv", {"budget": 128, "window": 16})],
+    [
+        ("h2o", {"budget": 128}),
+        ("snapkv", {"budget": 128, "window": 16}),
+        ("cake", {"budget": 128, "window": 16, "coupled": True}),
+        ("layer_shared", {"budget": 128}),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
@@ -36,8 +41,8 @@ def test_bytes_held(model: torch.nn.Module, name: str, options: dict[str, int], 
         assert run.report().bytes_held <= 1.05 * least
         for token in range(10, 40):
             model(torch.full((2, 1), token), past_key_values=cache)
-            slots = cache.layers[0].store.n
-            least = 2 * 2 * slots * 2 * 2 * 64 * torch.finfo(dtype).bits // 8
+            slots = sum(layer.store.n for layer in cache.layers)
+            least = 2 * slots * 2 * 2 * 64 * torch.finfo(dtype).bits // 8
             assert run.report().bytes_held <= 1.15 * least
         report = run.report()
     assert report.bytes_full == 2 * 2 * 630 * 2 * 2 * 64 * torch.finfo(dtype).bits // 8

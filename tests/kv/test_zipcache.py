@@ -205,7 +205,7 @@ def test_probes_see_what_is_before_them() -> None:
     columns = torch.arange(10).expand(2, 1, 10)
     seen = ((at[:, None, :] >= columns[:, 0, :, None]) & ok[:, None, :]).sum(-1)[:, None]
     sums = torch.rand(2, 3, 10)
-    torch.testing.assert_close(normalise(sums, at, ok, columns, 10, "probe_nnz"), sums / seen.clamp(min=1))
+    torch.testing.assert_close(normalise(sums, at, ok, columns, 10 - columns, "probe_nnz"), sums / seen.clamp(min=1))
 
 
 def test_seeds() -> None:
@@ -322,3 +322,29 @@ def test_old_codes_are_rounded_anew_also_when_no_new_token_is_packed() -> None:
     seen = [rig.book.stores[0].tiers[0].values for _ in rig.run(q, k, v, 20)]  # type: ignore[attr-defined]
     assert len({id(values) for values in seen}) == 4
     assert rig.book.stores[0].tiers[0].meta.n == 8
+
+
+@pytest.mark.parametrize("bits_salient", [4, 16])
+def test_packing_anew_closes_the_gaps_of_a_crop(bits_salient: int) -> None:
+    """Tokens taken back from packed lists cost no bytes after the next gap, and what is left is in its class."""
+    q, k, v = _inputs(30, 30)
+    rig = Rig(ZipCache(gap=8, bits_salient=bits_salient, params="float32"))
+    store = rig.book.stores[0]
+    for _ in rig.run(q[:, :, :, :46], k[:, :, :, :46], v[:, :, :, :46], 30):
+        pass
+    store.crop(14)  # all that was packed at the second gap, and most of the first
+    low = [set(p[p < 32].tolist()) for p in store.tiers[0].meta["pos"].flatten(0, 1)]
+    for t in range(32, 40):
+        step = slice(t, t + 1)
+        rig.feed(0, q[0][:, :, step], k[0][:, :, step], v[0][:, :, step])
+    for tier in store.tiers:
+        valid = tier.meta.get("valid")
+        real = torch.full((2, 2), tier.meta.n) if valid is None else valid.sum(-1)
+        assert int(real.max()) == tier.meta.n
+        assert valid is None or not bool(valid.all())
+    held = store.tiers[0].meta
+    for head, before in enumerate(low):
+        listed = held["pos"].flatten(0, 1)[head]
+        listed = listed if "valid" not in held else listed[held["valid"].flatten(0, 1)[head]]
+        assert {p for p in listed.tolist() if p < 32} == before
+        assert sum(p >= 32 for p in listed.tolist()) == int(0.4 * 8)

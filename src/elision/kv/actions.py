@@ -20,8 +20,9 @@ def ranked(store: LayerStore, score: Tensor, recent: Keep = 0, first: int = 0) -
     score = score if score.dtype == torch.float64 else score.float()
     valid = store.dense.get("valid")
     if valid is not None and "gaps" in store.state:
-        score = score.masked_fill(_among(store, valid, recent, largest=True), torch.inf)
-        score = score.masked_fill(_among(store, valid, first, largest=False), torch.inf)
+        places = store.positions()[:, :, -store.dense.n :]
+        score = score.masked_fill(among(places, valid, recent, largest=True), torch.inf)
+        score = score.masked_fill(among(places, valid, first, largest=False), torch.inf)
         return score.masked_fill(~valid, -torch.inf)
     if isinstance(recent, Tensor):
         since = store.seen - recent.to(score.device)[:, None, None]
@@ -41,12 +42,11 @@ def ranked(store: LayerStore, score: Tensor, recent: Keep = 0, first: int = 0) -
     return score if valid is None else score.masked_fill(~valid, -torch.inf)
 
 
-def _among(store: LayerStore, valid: Tensor, count: Keep, *, largest: bool) -> Tensor:
-    """Which dense slots hold one of the `count` newest (or oldest) real tokens of their row, [B, G or 1, n].
+def among(places: Tensor, valid: Tensor, count: Keep, *, largest: bool) -> Tensor:
+    """Which slots hold one of the `count` newest (or oldest) real tokens of their row, [B, G or 1, n].
 
-    For rows with padding between their turns, where positions do not count tokens.
+    For rows with padding between their turns, where the positions `places` [B, G or 1, n] do not count tokens.
     """
-    places = store.positions()[:, :, -store.dense.n :]
     places = (places if largest else -places) + torch.zeros_like(valid, dtype=places.dtype)
     valid = valid.expand_as(places)
     order = places.masked_fill(~valid, torch.iinfo(places.dtype).min).argsort(dim=-1, descending=True)

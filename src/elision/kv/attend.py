@@ -130,7 +130,9 @@ def _places(store: LayerStore) -> Tensor | None:
         return None
     if places is None or places.shape[1] > 1:
         assert valid is not None
-        return valid[:, 0].long().cumsum(-1).sub(1).clamp(min=0)  # padding lies first, in all heads alike
+        return (
+            valid.any(1).long().cumsum(-1).sub(1).clamp(min=0)
+        )  # what no head holds lies first: only padding is apart
     places = places[:, 0]
     order = (places if valid is None else places.masked_fill(~valid[:, 0], -1)).argsort(-1)
     n = torch.arange(order.shape[1], device=order.device)

@@ -67,6 +67,15 @@ class Book:
         """Bytes held by all managed layers."""
         return sum(store.nbytes for store in self.stores.values())
 
+    def check_device(self, k: Tensor, layer: int) -> None:
+        """Raise if a layer computes its keys elsewhere than where the cache holds tokens: layers share facts."""
+        held = next((store.dense["k"].device for store in self.stores.values() if "k" in store.dense), k.device)
+        if held != k.device:
+            raise UnsupportedTarget(
+                f"layer {layer} computes on {k.device}, but the cache holds tokens on {held}: a compressed cache lies "
+                "on one device; put the whole model there, and start with a cache of that device"
+            )
+
     def see_images(self, new: Tensor, first: int) -> None:
         """Note which tokens of a prompt, [B, m] from sequence index `first` on, stand for a part of an image."""
         before = new.new_zeros(len(new), first)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from elision.kv.packed import narrow
 from elision.kv.parts import Keep
-from elision.kv.store import LayerStore, Tier
+from elision.kv.store import LayerStore, Tier, rows
 
 List = tuple[Tensor, Tensor | None]  # slots [B, G, n], and which of them are real (None: all)
 
@@ -86,6 +86,17 @@ def decoded(tier: Tier, k: Tensor, v: Tensor) -> Tokens:
     keys, values = (x.new_empty(*x.shape[:2], tier.meta.n, x.shape[3], dtype=torch.float32) for x in (k, v))
     tier.read(keys, values)
     return Tokens(keys, values, tier.meta["pos"], tier.meta.get("valid"))
+
+
+def closed_up(tokens: Tokens) -> Tokens:
+    """The lists without what is not real: each moves up, and all end where the longest does."""
+    if tokens.valid is None:
+        return tokens
+    valid = tokens.valid.expand_as(tokens.pos)
+    index = valid.int().argsort(dim=-1, descending=True, stable=True)[..., : int(valid.sum(-1).max())]
+    left = valid.gather(-1, index)
+    k, v, pos = (rows(x, index) for x in tokens[:3])
+    return Tokens(k, v, pos, None if bool(left.all()) else left)
 
 
 def joined(a: Tokens, b: Tokens) -> Tokens:

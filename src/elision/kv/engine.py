@@ -312,6 +312,7 @@ class KVApplied(Applied):
             q, k = (att.q, att.k) if att.rotary is None else att.rotate(att.q, att.k, *att.rotary)
             return att.run(q, k, att.v, att.mask)
         book, store = forward.book, forward.book.stores[att.layer]
+        book.check_device(att.k, att.layer)
         if forward.starts and store.seen:
             self.method.before(store, forward.turn)
         store.append(att.k, att.v, forward.valid)

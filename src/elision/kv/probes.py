@@ -28,17 +28,17 @@ def draw(length: int, recent: float, random: float, uniform: Tensor) -> Tensor:
     return torch.cat([rows, (uniform[:count] * (length - n)).long()])
 
 
-def normalise(sums: Tensor, at: Tensor, ok: Tensor | None, columns: Tensor, end: int, norm: Norm) -> Tensor:
+def normalise(sums: Tensor, at: Tensor, ok: Tensor | None, columns: Tensor, after: Tensor, norm: Norm) -> Tensor:
     """Sums over probes [B, G, n] divided by how many rows can see each column.
 
     Args:
         sums: What each column received from the probes at the positions `at` [B, P] that are `ok` [B, P] (None: all).
         columns: Positions of the columns, [B, G or 1, n].
-        end: Position after the last row; "full_count" divides by the number of all rows from the column to there.
+        after: How many rows of the text see each column, [B, G or 1, n]: its own and all later ones ("full_count").
         norm: "probe_nnz" divides by the number of probes that see the column, or leaves it where none does.
     """
     if norm == "full_count":
-        return sums / (end - columns)
+        return sums / after.clamp(min=1)
     at = (at if ok is None else at.masked_fill(~ok, -1)).sort(-1).values
     sees = at.shape[1] - torch.searchsorted(at, columns.to(at.dtype).flatten(1).contiguous()).view(columns.shape)
     return sums / sees.clamp(min=1)
@@ -115,4 +115,8 @@ class Probes:
             return call.probs(1)[:, :, :, 0].sum(2)[..., store.n - n :]
         at, ok, q = (store.state.pop(name) for name in ("probes", "probes_ok", "probes_q"))
         sums = call.grouped(call.sums_at(q, at, ok)).sum(2)[..., store.n - n :]
-        return normalise(sums, at, ok, store.positions()[..., store.n - n :], store.seen, self.norm)
+        columns, valid = store.positions()[..., store.n - n :], store.dense.get("valid")
+        after = store.seen - columns
+        if valid is not None and "gaps" in store.state:  # padding also lies between the turns of a chat
+            after = valid.long().flip(-1).cumsum(-1).flip(-1)
+        return normalise(sums, at, ok, columns, after, self.norm)

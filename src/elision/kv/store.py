@@ -358,7 +358,8 @@ class LayerStore:
                 tier.meta["valid"] = known & ~gone
         gone = self.dense["pos"] >= limit
         kept = int((~gone).sum(-1).max())
-        order = gone.int().argsort(dim=-1, stable=True)[:, :, :kept]
+        # slots that a head has no use for lie first, as after `Evict`, so that nothing is between neighbours
+        order = (~gone).int().argsort(dim=-1, stable=True)[:, :, gone.shape[2] - kept :]
         self.dense.gather(order)
         stay = ~gone.gather(2, order)
         if not bool(stay.all()):

@@ -15,10 +15,11 @@ Where paper and released code differ or the code is silent, these are the defaul
 is the code's single redistribution, which may leave a part of T unused when preferences are far apart; "water_filling"
 repeats it. `decode_order="positional"` pools over neighbours in the text while decoding; "released" pools over the
 order in which top-k left the tokens, highest first, as the code does. `coupled=False` slices each row of a batch by its
-own preference; True sums over the batch as the code does. If V is 0 in every layer, budgets are even (inferred). Later
-turns, which the code does not know, are sliced like prompts of the tokens held and the new ones; a turn shorter than
-the window changes no budget and evicts as a step does (inferred). `tau1` and `tau2` are tuned per model: `preset` takes
-the published values of the cache size that is nearest to the budget.
+own preference; True sums over the batch as the code does. A budget given as a share or in bytes that comes to fewer
+tokens than the window holds the window. If V is 0 in every layer, budgets are even (inferred). Later turns, which the
+code does not know, are sliced like prompts of the tokens held and the new ones; a turn shorter than the window changes
+no budget and evicts as a step does (inferred). `tau1` and `tau2` are tuned per model: `preset` takes the published
+values of the cache size that is nearest to the budget.
 """
 
 from __future__ import annotations

@@ -9,12 +9,16 @@ the `heavy` highest scores and the newest `recent` tokens leave for good, the vi
 step. The parts of a prompt that comes in chunks are one forward in this sense: nothing leaves before the last.
 Differences: the released class sums over the batch and knows no grouped queries; here rows are apart and the query
 heads of a KV head count by `reduce` (mean and sum rank alike; "first" is the port in Meta's cookbook). Scores are
-float32. The global-statistics mask of the released lm-eval script sees the future and is not a cache.
+float32. A share is of the prompt and at least one token (the code's int(ratio · S) may be none); every later turn of a
+chat sets it anew, as a share of all tokens seen by then (the code knows single prompts only). The global-statistics
+mask of the released lm-eval script sees the future and is not a cache, and its mask simulator is off by one token per
+step.
 
 Positions: `rolling=False` keeps keys rotated at their true positions (default). `rolling=True` keeps them unrotated and
 turns them to the index of their slot at every step, for streams longer than the model's context. `room=True` also makes
 space before a new turn of m tokens, as the port's streaming driver does: the best `heavy` of all but the newest
-`recent - m` tokens stay, the new ones attend to those, and the cache ends the turn at exactly its budget.
+`recent - m` tokens stay, the new ones attend to those, and the cache ends the turn at exactly its budget. In a padded
+batch m is the longest row's.
 """
 
 from __future__ import annotations

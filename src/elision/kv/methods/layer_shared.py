@@ -10,7 +10,9 @@ but the first `start_size` and the newest at a step. (For H2O itself see `h2o`: 
 
 `mode="released"` (default, since published figures are of it): the prompt's selection tests the sorting permutation
 instead of ranks and protects no head, and scores stay where they were when the prompt is cut, so that those of decoding
-are added to the wrong tokens. `mode="paper"` uses ranks, protects the head and moves scores along.
+are added to the wrong tokens. `mode="paper"` uses ranks, protects the head and moves scores along; those of tokens
+that `crop` takes back go with them. A cache that was filled elsewhere is not cut before its next prompt, which is the
+first to say how much there is to hold.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ class LayerShared(EvictingMethod):
             return [Rule(prompt_end, place, _Local(self), evict), Rule(steps, place, Fraction(), Evict())]
 
         def through(call: Call) -> bool:
-            return call.layer == host.layers[-1] and call.phase != "prompt_chunk"
+            return call.layer == max(call.book.stores) and call.phase != "prompt_chunk"
 
         return [Rule(through, _Verdict(), _Shared(self), Evict())]
 
@@ -141,7 +143,7 @@ class _Shared:
         if prompt_end(call):
             scores, stay = fresh, self._prompt(fresh, n, self.method.start(call))
         else:
-            scores = state["scores"]
+            scores = self._before(call, state.get("scores", fresh[:, :0]), n)
             wide = max(scores.shape[1], fresh.shape[1])
             scores = functional.pad(scores, (0, wide - scores.shape[1]))
             scores = scores + functional.pad(fresh, (0, wide - fresh.shape[1]))
@@ -157,6 +159,14 @@ class _Shared:
         state["verdict"] = torch.ones_like(fresh).scatter(1, order, stay.to(fresh.dtype))[:, None]
         keep: Keep = count if isinstance(n, Tensor) or bool((count != count[0]).any()) else int(count[0])
         return dict.fromkeys(stores, keep)
+
+    def _before(self, call: Call, scores: Tensor, n: Keep) -> Tensor:
+        """Scores [B, W] of what was held before a step; the release lets new tokens have those that lie further on."""
+        if self.method.mode == "released":
+            return scores
+        new = call.m if call.valid is None else call.valid.sum(1)
+        known = torch.as_tensor(n - new, device=scores.device).expand(len(scores))[:, None]
+        return scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= known, 0.0)
 
     def _prompt(self, scores: Tensor, n: Keep, forget: Keep) -> Tensor:
         """What stays after a prompt, [B, slots]; slots beyond a row's tokens count as staying."""

@@ -14,10 +14,11 @@ read.
 
 Keys are read as I(k · b) / b, which gives the logit of q/b with I(k · b) and leaves attention alone. Codes are fitted
 to alpha and beta as they are stored. Open in the paper, as the ports have it: `size="ratio"` lets n_hi follow the
-length, so that ratio 1 is the full cache (default); `size="prompt"` freezes it after the prompt, as in H2O's code. With
-hi_bits below 16 a new token is quantised after its own step, and a demoted one from its decoded value (inferred; tokens
-of the first prompt go to either tier from their exact values). `lo_bits="drop"` evicts instead of demoting: H2O with
-the same selection. b is clamped to [1e-4, 1e4] (ports). Padding counts in no maximum, score or length.
+length, so that ratio 1 is the full cache (default); `size="prompt"` freezes it after each prompt of a chat, as in H2O's
+code. With hi_bits below 16 a new token is quantised after its own step, and a demoted one from its decoded value
+(inferred; tokens of the first prompt go to either tier from their exact values). `lo_bits="drop"` evicts instead of
+demoting: H2O with the same selection. b is clamped to [1e-4, 1e4] (ports). Padding counts in no maximum, score or
+length.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 
 from elision.errors import OptionError
+from elision.kv.actions import among
 from elision.kv.budgets import Even
 from elision.kv.classes import List, Tokens, counted, every, partition, picked
 from elision.kv.method import KVHost, KVMethod
@@ -96,12 +98,10 @@ class Demote:
         table = store.dense if hi is None else hi.meta
         pos = store.positions()[..., store.n - table.n :] if hi is None else table["pos"]
         valid = table.get("valid")
+        rank = table["score"].masked_fill(self._newest(store, pos, valid, keep), torch.inf)
         keep = keep[:, None] if isinstance(keep, Tensor) else keep
         over = (table.n if valid is None else valid.sum(-1)) - keep  # [B, G or 1]
         over = over.clamp(min=0) if isinstance(over, Tensor) else max(over, 0)
-        newest = share(self.method.recent_share, keep)
-        since = store.seen - (newest[..., None] if isinstance(newest, Tensor) else newest)
-        rank = table["score"].masked_fill(pos >= since, torch.inf)
         if isinstance(over, int) and over == 1 and valid is None and (hi is not None or self.method.hi_bits == 16):
             victim = rank.argmin(-1)
             self._move(store, hi, (victim[..., None], None))
@@ -118,6 +118,13 @@ class Demote:
             store.demote(high[0][..., :0])
         elif low[0].shape[-1]:
             self._stay(store, high, hi)
+
+    def _newest(self, store: LayerStore, pos: Tensor, valid: Tensor | None, keep: Keep) -> Tensor:
+        """Which slots of the importance tier, at positions `pos`, hold the newest tokens, [B, G or 1, n]."""
+        newest = share(self.method.recent_share, keep)
+        if "gaps" in store.state:  # padding lies between the turns of a chat
+            return among(pos, torch.ones_like(pos, dtype=torch.bool) if valid is None else valid, newest, largest=True)
+        return pos >= store.seen - (newest[:, None, None] if isinstance(newest, Tensor) else newest)
 
     def _admitted(self, store: LayerStore, score: Tensor) -> RowTier | None:
         """The packed importance tier, which the new tokens join; None at 16 bits and before the first tokens."""

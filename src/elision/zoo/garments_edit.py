@@ -166,7 +166,7 @@ class GarmentsEditPipeline(DiffusionPipeline):  # type: ignore[misc]
 
 
 def train_pipeline(
-    steps: int = 1100,
+    rounds: Sequence[int] = (1100, 700),
     batch: int = 16,
     lr: float = 1.2e-3,
     seed: int = 0,
@@ -176,13 +176,37 @@ def train_pipeline(
     """The recipe of `garments-edit`: velocity matching from the weights of `garments-flux`.
 
     Canvases are pairs of training images, the new item is a third one; times are logit-normal, and one instruction in
-    ten says "anything". The model multiplies in bfloat16. `start=None` begins with random weights.
+    ten says "anything". The model multiplies in bfloat16.
+
+    Args:
+        rounds: steps of every round; each begins with the averaged weights of the last, a learning rate that rises
+            again, and a seed one higher.
+        batch: canvases per step.
+        lr: highest learning rate.
+        seed: of the first round.
+        start: a model of the zoo to begin with; None for random weights.
+        keep: as in `_training.fit`.
     """
     from elision import zoo  # the package lists this module
 
     torch.manual_seed(seed)
-    images, labels = load_garments("train")
     model = FluxTransformer2DModel(**CONFIG) if start is None else zoo.load(start).transformer
+    images, labels = load_garments("train")
+    for turn, steps in enumerate(rounds):
+        torch.manual_seed(seed + turn)
+        model = _round(model, images, labels, steps, batch, lr, keep)
+    return GarmentsEditPipeline(model, FlowMatchEulerDiscreteScheduler())
+
+
+def _round(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    steps: int,
+    batch: int,
+    lr: float,
+    keep: Callable[[int, nn.Module], None] | None,
+) -> nn.Module:
     model.train().requires_grad_(True)
 
     def loss(step: int) -> Tensor:
@@ -198,8 +222,7 @@ def train_pipeline(
             v = model(x, timestep=sigma, return_dict=False, **condition(sides, what))[0][:, : x0.shape[1]]
         return nn.functional.mse_loss(v.float(), noise - x0)
 
-    averaged = _training.fit(model, loss, steps=steps, lr=lr, keep=keep)
-    return GarmentsEditPipeline(averaged, FlowMatchEulerDiscreteScheduler())
+    return _training.fit(model, loss, steps=steps, lr=lr, keep=keep)
 
 
 def load(folder: Path) -> GarmentsEditPipeline:

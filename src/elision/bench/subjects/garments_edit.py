@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from elision.bench.subjects.garments import GarmentsJudge
 from torch import Tensor
 
 from elision.bench.metrics import Array, psnr
 from elision.bench.subject import Subject
+from elision.bench.subjects.garments import GarmentsJudge
 
 MODEL = "garments-edit"
 PIPELINE = "elision.zoo.garments_edit:GarmentsEditPipeline"

@@ -11,13 +11,14 @@ from elision.denoise.adapters.dit import DIT
 from elision.denoise.adapters.flux import FLUX
 from elision.denoise.adapters.pixart import PIXART
 from elision.denoise.adapters.policy import POLICY
+from elision.denoise.adapters.qwenimage import QWEN_IMAGE
 from elision.denoise.adapters.sd3 import SD3
 from elision.denoise.adapters.wan import WAN
 from elision.denoise.sites import Level
 
 __all__ = ["ADAPTERS", "Adapter", "BlockSpec", "BranchSpec", "adapter_for", "supported"]
 
-ADAPTERS: dict[str, Adapter] = {a.model_class: a for a in (DIT, FLUX, PIXART, POLICY, SD3, WAN)}
+ADAPTERS: dict[str, Adapter] = {a.model_class: a for a in (DIT, FLUX, PIXART, POLICY, QWEN_IMAGE, SD3, WAN)}
 
 
 def adapter_for(model: nn.Module) -> Adapter:

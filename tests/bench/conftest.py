@@ -7,6 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
 from elision.bench.subject import Subject
+from elision.bench.subjects.garments import GarmentsJudge
 from elision.zoo.garments import GarmentsClassifier
 from elision.zoo.garments_flux import CONFIG, GarmentsPipeline
 
@@ -31,7 +32,7 @@ def small_classifier() -> GarmentsClassifier:
 @pytest.fixture(scope="session")
 def subject() -> Subject:
     prompts = ["bag", "coat", "sneaker"]
-    return Subject("random-flux", small_pipeline(), prompts, 10, 2.0, small_classifier(), [8, 4, 7])
+    return Subject("random-flux", small_pipeline(), prompts, 10, 2.0, GarmentsJudge(small_classifier()))
 
 
 @pytest.fixture

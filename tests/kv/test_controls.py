@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import elision
 from elision.errors import OptionError
+from elision.hooks.transformers import Attention
 from elision.kv.method import KVMethod
 from elision.kv.methods.knorm import Knorm
 from elision.kv.methods.pyramidkv import PyramidKV
@@ -398,3 +400,15 @@ def test_prompt_lookup_and_turns(models: dict[str, Any], name: str, options: dic
         limit = budget if isinstance(budget, int) else int(budget * text.shape[1])
         more = 3 if name == "pyramidkv" else 0  # nothing leaves while it decodes, and its slope is rounded up
         assert sum(layer.shape[-1] for layer in held.values()) <= 2 * (limit + more)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3", "glm", "cohere"])
+def test_a_turn_is_the_models_own_to_the_bit(kind):
+    """Halves (most models) take a short cut; interleaved pairs (GLM, Cohere) must not."""
+    attention = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    owner = next(c for n, c in vars(attention).items() if n.endswith("Attention") and issubclass(c, torch.nn.Module))
+    x, angles = torch.randn(2, 3, 5, 16), torch.randn(2, 5, 8)
+    cos, sin = (torch.cat([f(angles)] * 2, -1) for f in (torch.cos, torch.sin))
+    att = Attention(owner.__new__(owner), 0, x, x, x, None, (cos, sin), {})
+    theirs = attention.apply_rotary_pos_emb(x, x, cos, sin)[1]
+    assert torch.equal(att.turn(x, cos, sin), theirs)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -64,6 +65,7 @@ class Claim:
         bound: the number without an effect.
         tolerance: for "equal".
         once: whether the number of steps makes no difference.
+        model: the zoo model that the experiment is written for; empty for the usual one of the family.
     """
 
     key: str
@@ -76,6 +78,7 @@ class Claim:
     bound: float = 0.0
     tolerance: float = 0.0
     once: bool = False
+    model: str = ""
 
     @property
     def method(self) -> str:
@@ -104,6 +107,7 @@ class Finding:
     ours: Estimate | None
     verdict: Verdict
     why: str
+    model: str = ""
 
 
 def judge(claim: Claim, measured: Measured) -> tuple[Verdict, str]:
@@ -150,6 +154,7 @@ def examine(claim: Claim, lab: Any, steps: int, *, stepped: bool = True) -> list
                 row.value,
                 verdict,
                 why,
+                lab.subject.name,
             )
         )
     return found
@@ -169,13 +174,20 @@ def claim(
     bound: float = 0.0,
     tolerance: float = 0.0,
     once: bool = False,
+    model: str | None = None,
 ) -> Callable[[Measure], Measure]:
-    """Enrol the decorated experiment as a claim; the arguments are those of `Claim`."""
+    """Enrol the decorated experiment as a claim; the arguments are those of `Claim`.
+
+    Without `model` it is written for the `MODEL` that its file names, if it names one.
+    """
 
     def enrol(measure: Measure) -> Measure:
         if key in _registry and _registry[key].measure.__module__ != measure.__module__:
             raise OptionError(f"claim {key!r} is taken by {_registry[key].measure.__module__}")
-        _registry[key] = Claim(key, statement, paper, metric, direction, baseline, measure, bound, tolerance, once)
+        mine = getattr(sys.modules[measure.__module__], "MODEL", "") if model is None else model
+        _registry[key] = Claim(
+            key, statement, paper, metric, direction, baseline, measure, bound, tolerance, once, mine
+        )
         return measure
 
     return enrol

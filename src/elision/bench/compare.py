@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from elision.bench import metrics
+from elision.bench.judging import Judging
 from elision.bench.measure import Sample, run_method, run_plain
 from elision.bench.spec import Spec, parse, parse_many
 from elision.bench.subject import Subject, load_subject
 from elision.bench.summary import Arm, Comparison, Kind
-from elision.errors import MissingDependency, OptionError
+from elision.errors import OptionError
 
 __all__ = ["AUTO", "Arm", "Comparison", "compare_denoise"]
 
@@ -72,10 +72,15 @@ def compare_denoise(
     if not numbers:
         raise OptionError("seeds=0 is out of range; it must be at least 1")
     subject = load_subject(model, prompts=prompts, batch=batch, guidance=guidance, arguments=dict(arguments or {}))
+    if subject.kind == "policy":
+        policy = importlib.import_module("elision.bench.policy")
+        return policy.compare(  # type: ignore[no-any-return]
+            subject, specs, steps=steps, seeds=numbers, controls=controls, progress=progress
+        )
     grids = [subject.steps] if steps is None else [steps] if isinstance(steps, int) else list(steps)
     if any(total < 1 for total in grids):
         raise OptionError(f"steps={min(grids)} is out of range; it must be at least 1")
-    judge = _Judge(subject)
+    judge = Judging(subject)
     arms: list[Arm] = []
     for place, total in enumerate(grids):
         told = _scaled(progress, place, len(grids))
@@ -103,7 +108,7 @@ class _Race:
     total: int
     seeds: Sequence[int]
     keep: int
-    judge: _Judge
+    judge: Judging
     plain: dict[tuple[int, int], tuple[Tensor, Sample]] = field(default_factory=dict)
 
     def run(self, specs: Sequence[Spec], controls: bool, progress: Progress) -> list[Arm]:
@@ -215,65 +220,3 @@ def matched_controls(computed: int, total: int) -> list[str]:
         f"random_skip:rate={rate:g},seed={random.Random(0).randrange(100)}",
         f"stale:interval={interval}",
     ]
-
-
-class _Judge:
-    """Applies the metrics that this subject allows."""
-
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject
-        self.lpips, self._note = metrics.lpips_metric()
-        self._real: metrics.Array | None = None
-        if subject.classifier is not None:
-            self._real = self._real_features()
-
-    @torch.no_grad()
-    def _features(self, images: Tensor) -> metrics.Array:
-        assert self.subject.classifier is not None
-        return self.subject.classifier.features(images * 2 - 1).double().cpu().numpy()  # type: ignore[operator, no-any-return]
-
-    def _real_features(self) -> metrics.Array | None:
-        """Features of 2,000 test images, where the data set is installed."""
-        from elision.zoo.garments import load_garments
-
-        try:
-            real = load_garments("t10k")[0][:2000]
-        except MissingDependency:
-            return None
-        return self._features(real * 0.5 + 0.5)
-
-    @torch.no_grad()
-    def judge(self, arm: Arm, images: Sequence[Tensor], reference: Sequence[Tensor]) -> None:
-        """Fill in the quality of every sample of `arm`."""
-        for sample, mine, truth in zip(arm.samples, images, reference, strict=True):
-            sample.psnr = metrics.psnr(mine, truth)
-            sample.ssim = metrics.ssim(mine, truth)
-            if self.lpips is not None:
-                sample.lpips = self.lpips(mine, truth)
-            if self.subject.classifier is not None and self.subject.labels is not None:
-                guess = self.subject.classifier(mine * 2 - 1).argmax(-1)
-                sample.accuracy = float(guess.eq(torch.tensor(self.subject.labels)).float().mean())
-        if self.subject.classifier is None or sum(len(x) for x in images) < 3:
-            return
-        mine_features = [self._features(x) for x in images]
-        arm.distance = arm.measure(mine_features, [self._features(x) for x in reference])
-        if self._real is not None:
-            arm.distance_real = arm.measure(mine_features, [self._real])
-
-    def notes(self, drawn: int) -> list[str]:
-        """What is missing and why, and how far the numbers reach."""
-        found = [self._note] if self._note else []
-        if self.subject.classifier is None:
-            found.append(
-                "No classifier knows this model's images: feature distance and class accuracy are not reported"
-            )
-        else:
-            width = int(self._features(torch.zeros(1, 1, 32, 32)).shape[1])
-            if drawn < 2 * width:
-                found.append(
-                    f"Feature distances come from {drawn} images and {width} features: they rank the rows of this "
-                    "table and cannot be compared with other sample sizes"
-                )
-            if self._real is None:
-                found.append("The test images are not installed: the feature distance to real images is not reported")
-        return found

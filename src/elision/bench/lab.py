@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from elision.bench.subject import Subject
 from elision.denoise.fit._record import record
 from elision.denoise.report import DenoiseReport
 from elision.denoise.sites import Level
+from elision.errors import UnsupportedTarget
 from elision.method import Method
 from elision.profile import Profile
 
@@ -99,6 +101,29 @@ class Lab:
             for c, seed in zip(computed, self.seeds, strict=True)
         ]
 
+    def scores_of(self, images: Tensor, steps: int, seed: int) -> dict[str, list[float]]:
+        """What the subject's judge says of images, by name: a number for every prompt."""
+        judge = self.subject.judge
+        if judge is None:
+            raise UnsupportedTarget(f"nothing judges what {self.subject.name} draws")
+        given = judge.scores(images, self.plain(steps, seed), self.subject)
+        return {name: list(values) for name, values in given.items()}
+
+    def score(self, method: Method, steps: int, name: str) -> list[float]:
+        """A score of a method's samples, per seed."""
+        return [self._score(self.run(method, steps, seed)[0], steps, seed, name) for seed in self.seeds]
+
+    def score_plain(self, steps: int, name: str, counts: Sequence[int] | None = None) -> list[float]:
+        """A score of plain sampling, per seed; with `counts` of that many steps, one for each seed."""
+        counts = [steps] * len(self.seeds) if counts is None else counts
+        return [self._score(self.plain(n, s), steps, s, name) for n, s in zip(counts, self.seeds, strict=True)]
+
+    def _score(self, images: Tensor, steps: int, seed: int, name: str) -> float:
+        found = self.scores_of(images, steps, seed)
+        if name not in found:
+            raise UnsupportedTarget(f"{self.subject.name} is not judged by {name!r}, only by {', '.join(found)}")
+        return float(np.mean(found[name]))
+
     # -- cost, one number per seed -------------------------------------------------------------------------------
 
     def computed(self, method: Method, steps: int) -> list[tuple[int, ...]]:
@@ -135,6 +160,10 @@ class Lab:
         """PSNR of one method minus that of another."""
         return stats.difference(self.psnr(ours, steps), self.psnr(theirs, steps))
 
+    def score_gain(self, ours: Method, theirs: Method, steps: int, name: str) -> Estimate:
+        """A score of one method minus that of another."""
+        return stats.difference(self.score(ours, steps, name), self.score(theirs, steps, name))
+
     def gain_fewer(self, ours: Method, counts: Sequence[int], steps: int) -> Estimate:
         """PSNR of a method minus that of plain sampling with `counts` steps."""
         return stats.difference(self.psnr(ours, steps), self.psnr_fewer(counts, steps))
@@ -148,6 +177,13 @@ class Lab:
         """An uncached run; `seen(host, step, site, call, out)` is shown every call of the sites of a level."""
         self.told(f"recording, {steps} steps, seed {seed}")
         record(self.subject.pipe, level, [lambda pipe: self.subject.sample(steps, seed)], seen)
+
+
+def lab_for(subject: Subject, seeds: Sequence[int], told: Callable[[str], None]) -> Any:
+    """The laboratory for this kind of subject: a `Lab`, or that of policies."""
+    if subject.kind == "policy":
+        return importlib.import_module("elision.bench.policy").lab(subject, seeds, told)
+    return Lab(subject, seeds, told)
 
 
 def random_steps(count: int, total: int, seed: int) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ class Sample:
         psnr: per image, against the uncached run from the same noise.
         ssim: likewise.
         lpips: likewise, empty where it cannot be had.
-        accuracy: share of images that the classifier recognises, None without one.
+        scores: what the subject's judge says, by name: a number for every prompt.
         standing_in: seconds of predictor arithmetic and
         deciding: of decisions, inside the wall time.
         notes: what the report wants a careful user to know.
@@ -49,7 +49,7 @@ class Sample:
     psnr: list[float] = field(default_factory=list)
     ssim: list[float] = field(default_factory=list)
     lpips: list[float] = field(default_factory=list)
-    accuracy: float | None = None
+    scores: dict[str, list[float]] = field(default_factory=dict)
     standing_in: float = 0.0
     deciding: float = 0.0
     notes: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What is measured on images: PSNR and SSIM against the uncached run, Fréchet distance, class accuracy, LPIPS."""
+"""What is measured on images: PSNR and SSIM against the uncached run, Fréchet distance, LPIPS."""
 
 from __future__ import annotations
 

@@ -15,6 +15,9 @@ from elision.errors import OptionError, UnknownName
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from elision.bench.subject import Subject
+
+USUAL = "garments-flux"  # of denoise experiments that name no model
 _STYLES = {"holds": "green", "does not hold": "red", "not testable here": "yellow"}
 
 
@@ -28,8 +31,8 @@ class Reproduction:
 
     Attributes:
         names: of the methods.
-        model: what was tested on; one for each family, joined by commas.
-        steps, seeds, images: of the denoise methods; images per run.
+        model: what was tested on; the models that claims are written for, joined by commas.
+        steps, seeds, images: of the denoise methods; samples per run, the most of any model.
         prompts, length: of the methods on K/V caches: prompts per task, and their tokens.
         questions, total: of the methods for masked-diffusion models: questions per task, tokens of prompt and answer.
         findings: in the order of the claims.
@@ -75,6 +78,7 @@ class Reproduction:
         from rich.table import Table
 
         counts = self.verdicts()
+        several = len({f.model for f in self.findings}) > 1
         table = Table(
             title=f"claims on {self.model}{self._size()}",
             caption=", ".join(f"{counts[verdict]} {verdict}" for verdict in _STYLES if counts[verdict])
@@ -93,7 +97,10 @@ class Reproduction:
             last = f.claim
             ours = "–" if f.ours is None else f.ours.interval(".3g")
             table.add_row(
-                f"[bold]{f.claim}[/]\n{f.statement} [dim]({f.metric}; against {f.baseline})[/]" if new else "",
+                f"[bold]{f.claim}[/]\n{f.statement} [dim]({f.metric}; against {f.baseline})[/]"
+                + (f"\n[dim]on {f.model}[/]" if several else "")
+                if new
+                else "",
                 f.paper if new else "",
                 "" if f.steps is None else str(f.steps),
                 f.setting,
@@ -108,21 +115,21 @@ def run_claims(
     *,
     model: Any = None,
     family: str | None = None,
-    steps: Sequence[int] = (28, 50),
+    steps: Sequence[int] | None = None,
     seeds: int | Sequence[int] = 6,
     prompts: int | Sequence[int] | None = None,
     length: int | None = None,
     progress: Callable[[int, int, str], None] = _silent,
 ) -> Reproduction:
-    """Test the claims of methods, each family on a model of its own.
+    """Test the claims of methods, each on the model that it is written for.
 
     Args:
         names: methods, or `all`.
         model: a zoo name, a hub id, a local path, a loaded pipeline or (model, tokenizer), a `Subject` or
-            `LanguageSubject`; by default `garments-flux` for denoise methods, `smollm2` for those on K/V caches and
-            `digits-mdlm` for those for masked-diffusion models.
+            `LanguageSubject`; by default the one that an experiment names, else `garments-flux` for denoise methods,
+            `smollm2` for those on K/V caches and `digits-mdlm` for those for masked-diffusion models.
         family: only methods of this family; needed beside a `model` where names belong to several.
-        steps: numbers of steps to test denoise methods at.
+        steps: numbers of steps to test denoise methods at; by default those of the model (28 and 50 of most).
         seeds: how many, or which, for denoise methods; at least two, or there is no interval to judge by.
         prompts: the same for methods on language models: prompts of every task, by default 12, or 6 where each is
             decoded without a cache first.
@@ -142,7 +149,7 @@ def run_claims(
         elif name == "dllm":
             models.append(_dllm(out, mine, model, _numbers(_or(prompts, 6), "prompt"), length or 128, progress))
         else:
-            models.append(_denoise(out, mine, model, _numbers(seeds, "seed"), steps, progress))
+            models += _denoise(out, mine, model, _numbers(seeds, "seed"), steps, progress)
     out.model = ", ".join(models)
     return out
 
@@ -187,23 +194,54 @@ Progress = Callable[[int, int, str], None]
 
 
 def _denoise(
-    out: Reproduction, mine: Sequence[Claim], model: Any, seeds: list[int], steps: Sequence[int], progress: Progress
-) -> str:
-    from elision.bench.lab import Lab
+    out: Reproduction,
+    mine: Sequence[Claim],
+    model: Any,
+    seeds: list[int],
+    steps: Sequence[int] | None,
+    progress: Progress,
+) -> list[str]:
+    """Each claim on its model, model by model, so that only one is in memory."""
+    if steps is not None and (not steps or min(steps) < 2):
+        raise OptionError(f"steps={list(steps)} is out of range; each must be at least 2")
+    wanted = [model] if model is not None else list(dict.fromkeys(claim.model or USUAL for claim in mine))
+    findings: dict[str, list[Finding]] = {claim.key: [] for claim in mine}
+    names: list[str] = []
+    for place, name in enumerate(wanted):
+        some = [claim for claim in mine if model is not None or (claim.model or USUAL) == name]
+        told = _scaled(progress, place, len(wanted))
+        subject, found = _on_model(some, name, seeds, steps, told)
+        for finding in found:
+            findings[finding.claim].append(finding)
+        out.images = max(out.images, len(subject.prompts))
+        out.steps = sorted({*out.steps, *(steps or subject.grids)})
+        names.append(subject.name)
+    out.seeds = seeds
+    out.findings += [finding for found in findings.values() for finding in found]
+    return names
+
+
+def _on_model(
+    mine: Sequence[Claim], model: Any, seeds: list[int], steps: Sequence[int] | None, progress: Progress
+) -> tuple[Subject, list[Finding]]:
+    from elision.bench.lab import lab_for
     from elision.bench.subject import load_subject
 
-    if not steps or min(steps) < 2:
-        raise OptionError(f"steps={list(steps)} is out of range; each must be at least 2")
-    subject = load_subject("garments-flux" if model is None else model)
-    tests = [(claim, total) for claim in mine for total in _grids(claim, steps)]
+    subject = load_subject(model)
+    chosen = subject.grids if steps is None else steps
+    tests = [(claim, total) for claim in mine for total in _grids(claim, chosen)]
     place = [0]
-    lab = Lab(subject, seeds, lambda what: progress(place[0], len(tests), what))
-    lab.warm_up(steps[0])
-    out.steps, out.seeds, out.images = list(steps), seeds, len(subject.prompts)
+    lab = lab_for(subject, seeds, lambda what: progress(place[0], len(tests), what))
+    lab.warm_up(chosen[0])
+    found: list[Finding] = []
     for place[0], (claim, total) in enumerate(tests):
         progress(place[0], len(tests), claim.key)
-        out.findings += claims.examine(claim, lab, total)
-    return subject.name
+        found += claims.examine(claim, lab, total)
+    return subject, found
+
+
+def _scaled(progress: Progress, place: int, of: int) -> Progress:
+    return lambda done, total, what: progress(place * total + done, of * total, what)
 
 
 def _kv(out: Reproduction, mine: Sequence[Claim], model: Any, seeds: list[int], length: int, progress: Progress) -> str:

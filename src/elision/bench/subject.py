@@ -1,20 +1,23 @@
-"""What is compared on: a pipeline, its prompts, and the classifier that judges its images, if there is one."""
+"""What is compared on: a pipeline, its prompts and what goes with them, and the judge of what it draws."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from elision.errors import MissingDependency, OptionError, UnknownName, UnsupportedTarget
+
+if TYPE_CHECKING:
+    from elision.bench.metrics import Array
 
 PROMPTS = (
     "a red fox in the snow",
@@ -22,6 +25,40 @@ PROMPTS = (
     "a bowl of ripe peaches",
     "an old tram in the rain",
 )
+Kind = Literal["image", "video", "edit", "policy"]
+
+
+class Judge:
+    """Says how good samples are, beyond their distance from the uncached ones. Every part is optional.
+
+    Samples are [N, C, H, W] in [0, 1], as `Subject.sample` gives them; of a video, N counts frames, prompt by prompt.
+    """
+
+    def scores(self, images: Tensor, reference: Tensor, subject: Subject) -> Mapping[str, Sequence[float]]:
+        """Named scores, higher is better: of each a number for every prompt, in the order of the prompts.
+
+        A name becomes a column of the table, so it is short: "recognised", "edit followed", "PSNR unedited".
+
+        Args:
+            images: of one run.
+            reference: what the uncached run drew from the same noise.
+            subject: whose `prompts`, `references` and `masks` say what was asked for.
+        """
+        del images, reference, subject
+        return {}
+
+    def features(self, images: Tensor) -> Array | None:
+        """Features [M, D] for the Fréchet distance, M rows for N images; None where there are none."""
+        del images
+        return None
+
+    def real(self) -> Array | None:
+        """Features of real samples, of the same kind; None where there are none at hand."""
+        return None
+
+    def notes(self) -> Sequence[str]:
+        """What is missing and why."""
+        return ()
 
 
 @dataclass
@@ -31,12 +68,17 @@ class Subject:
     Attributes:
         name: how results call it.
         pipe: a diffusers pipeline.
-        prompts: one per image of a batch.
+        prompts: one per image (or video) of a batch.
         steps: what the model is usually sampled with.
         guidance: its usual guidance scale, None to leave the pipeline's default.
-        classifier: judges the images; must have `features`. None where there is none.
-        labels: the class that each prompt asks for, where there is a classifier.
+        judge: of the samples; None where there is none.
         arguments: more keyword arguments of the pipeline's call.
+        kind: what a sample is. A "policy" is compared by `elision.bench.policy`; see `elision.bench.subjects`.
+        inputs: keyword arguments of the call with one entry for every prompt, such as the images to edit.
+        references: [B, C, H, W] in [0, 1], what the report shows beside each prompt: the image to edit.
+        masks: [B, H, W] bool, where an edit should change the image, or where the foreground is.
+        grids: numbers of steps at which claims are tested.
+        read: makes images [N, C, H, W] of the pipeline's output; by default `images_of`.
     """
 
     name: str
@@ -44,17 +86,26 @@ class Subject:
     prompts: Sequence[Any]
     steps: int = 28
     guidance: float | None = None
-    classifier: nn.Module | None = None
-    labels: Sequence[int] | None = None
+    judge: Judge | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
+    kind: Kind = "image"
+    inputs: dict[str, Any] = field(default_factory=dict)
+    references: Tensor | None = None
+    masks: Tensor | None = None
+    grids: tuple[int, ...] = (28, 50)
+    read: Callable[[Any], Tensor] | None = None
 
     def sample(self, steps: int, seed: int) -> tuple[Tensor, float]:
-        """Images [B, C, H, W] in [0, 1] drawn from the noise of `seed`, and the seconds it took."""
+        """Images [N, C, H, W] in [0, 1] drawn from the noise of `seed`, and the seconds it took.
+
+        Videos are sequences of frames: N is the number of prompts times that of frames.
+        """
         known = inspect.signature(self.pipe.__call__).parameters
         given: dict[str, Any] = {
             "num_inference_steps": steps,
             "generator": torch.Generator().manual_seed(seed),
             "output_type": "pt" if _is_image_pipeline(self.pipe) else "np",
+            **self.inputs,
             **self.arguments,
         }
         given["class_labels" if "class_labels" in known and "prompt" not in known else "prompt"] = list(self.prompts)
@@ -70,7 +121,33 @@ class Subject:
         started = perf_counter()
         out = self.pipe(**given)
         _wait()
-        return images_of(out), perf_counter() - started
+        return (self.read or images_of)(out), perf_counter() - started
+
+    def take(self, chosen: Sequence[int]) -> Subject:
+        """The same with these of its prompts, and with what belongs to them."""
+
+        def some(values: Any) -> Any:
+            return values[list(chosen)] if isinstance(values, Tensor) else [values[i] for i in chosen]
+
+        return replace(
+            self,
+            prompts=some(self.prompts),
+            inputs={key: some(values) for key, values in self.inputs.items()},
+            references=None if self.references is None else some(self.references),
+            masks=None if self.masks is None else some(self.masks),
+        )
+
+    def asked(self, prompts: Sequence[Any]) -> Subject:
+        """The same with other prompts; where something belongs to each prompt, they must be among its own."""
+        if not (self.inputs or self.references is not None or self.masks is not None):
+            return replace(self, prompts=list(prompts))
+        known = list(self.prompts)
+        strange = [prompt for prompt in prompts if prompt not in known]
+        if strange:
+            raise OptionError(
+                f"{self.name} has no inputs for the prompt {strange[0]!r}; prompts: {', '.join(map(str, known))}"
+            )
+        return self.take([known.index(prompt) for prompt in prompts])
 
 
 def _is_image_pipeline(pipe: Any) -> bool:
@@ -83,7 +160,7 @@ def _wait() -> None:
 
 
 def images_of(output: Any) -> Tensor:
-    """The images of a pipeline's output as [B, C, H, W] in [0, 1]; the frames of a video become images of the batch."""
+    """The images of a pipeline's output as [N, C, H, W] in [0, 1]; the frames of a video become images of the batch."""
     value = getattr(output, "images", None)
     if value is None:
         value = getattr(output, "frames", None)
@@ -118,51 +195,47 @@ def load_subject(
         guidance: guidance scale.
         arguments: more keyword arguments of the pipeline's call.
     """
-    subject = model if isinstance(model, Subject) else _load(model)
-    chosen = list(prompts) if prompts else list(subject.prompts)
+    if isinstance(model, Subject):
+        subject = model.asked(prompts) if prompts else model
+    else:
+        subject = _load(model, prompts or None)
     if batch is not None:
         if batch < 1:
             raise OptionError(f"batch={batch} is out of range; it must be at least 1")
-        chosen = [chosen[i % len(chosen)] for i in range(batch)]
-    labels = subject.labels
-    if subject.classifier is not None and hasattr(subject.pipe, "labels"):
-        labels = subject.pipe.labels(chosen).tolist()
-    elif chosen != list(subject.prompts):
-        labels = None
-    return Subject(
-        subject.name,
-        subject.pipe,
-        chosen,
-        subject.steps,
-        subject.guidance if guidance is None else guidance,
-        subject.classifier,
-        labels,
-        {**subject.arguments, **(arguments or {})},
+        subject = subject.take([i % len(subject.prompts) for i in range(batch)])
+    return replace(
+        subject,
+        prompts=list(subject.prompts),
+        guidance=subject.guidance if guidance is None else guidance,
+        arguments={**subject.arguments, **(arguments or {})},
     )
 
 
-def _load(model: Any) -> Subject:
+def _load(model: Any, prompts: Sequence[Any] | None) -> Subject:
     if not isinstance(model, str):
-        subject = _wrap(type(model).__name__, model)
+        subject = _wrap(type(model).__name__, model, prompts)
     elif not Path(model).exists() and "/" not in model:
-        subject = _from_zoo(model)
+        subject = _from_zoo(model, prompts)
     else:
         # only the last part of a path: results must not tell where files lie
         name = Path(model).resolve().name if Path(model).exists() else model
-        subject = _wrap(name, _from_pretrained(model))
+        subject = _wrap(name, _from_pretrained(model), prompts)
     if hasattr(subject.pipe, "set_progress_bar_config"):
         subject.pipe.set_progress_bar_config(disable=True)
     return subject
 
 
-def _wrap(name: str, pipe: Any) -> Subject:
-    if type(pipe).__name__ == "GarmentsPipeline":
-        return _garments(name, pipe)
+def _wrap(name: str, pipe: Any, prompts: Sequence[Any] | None) -> Subject:
+    from elision.bench import subjects
+
+    builder = subjects.for_pipeline(type(pipe).__name__)
+    if builder is not None:
+        return builder.subject(name, pipe, prompts)
     if not callable(pipe) or isinstance(pipe, nn.Module):
         raise UnsupportedTarget(f"{type(pipe).__name__} is no pipeline: compare needs one that draws images")
     known = inspect.signature(pipe.__call__).parameters
     classes = "class_labels" in known and "prompt" not in known
-    return Subject(name, pipe, [207, 360, 387, 974] if classes else PROMPTS)
+    return Subject(name, pipe, prompts or ([207, 360, 387, 974] if classes else PROMPTS))
 
 
 def _from_pretrained(where: str) -> Any:
@@ -170,8 +243,9 @@ def _from_pretrained(where: str) -> Any:
         from diffusers import DiffusionPipeline
     except ImportError as error:
         raise MissingDependency("diffusers is not installed: pip install 'elision[diffusers]'") from error
-    if _holds_garments(where):
-        return _load_garments(where)
+    mine = _of_the_zoo(where)
+    if mine is not None:
+        return mine
     try:
         pipe = DiffusionPipeline.from_pretrained(where)
     except OSError as error:
@@ -180,29 +254,24 @@ def _from_pretrained(where: str) -> Any:
     return pipe.to("cuda") if torch.cuda.is_available() else pipe
 
 
-def _holds_garments(where: str) -> bool:
-    """Whether a folder holds a pipeline of the zoo's own class, which diffusers alone could not find."""
+def _of_the_zoo(where: str) -> Any:
+    """A pipeline of one of the zoo's own classes, which diffusers alone could not find; None for others."""
+    from elision.bench import subjects
+
     index = Path(where) / "model_index.json"
-    return index.is_file() and json.loads(index.read_text()).get("_class_name") == "GarmentsPipeline"
+    builder = subjects.for_pipeline(json.loads(index.read_text()).get("_class_name", "")) if index.is_file() else None
+    if builder is None:
+        return None
+    if any(Path(where).glob("*/*.fp16.safetensors")):  # as `elision zoo train` writes it
+        return importlib.import_module("elision.zoo").load(builder.MODEL, folder=where)
+    return subjects.pipeline_class(builder).from_pretrained(where)
 
 
-def _load_garments(where: str) -> Any:
-    from elision.zoo.garments_flux import GarmentsPipeline
+def _from_zoo(name: str, prompts: Sequence[Any] | None) -> Subject:
+    from elision.bench import subjects
 
-    if any(Path(where, "transformer").glob("*.fp16.safetensors")):  # as `elision zoo train` writes it
-        return importlib.import_module("elision.zoo").load("garments-flux", folder=where)
-    return GarmentsPipeline.from_pretrained(where)
-
-
-def _garments(name: str, pipe: Any) -> Subject:
-    from elision.zoo.garments import CLASSES
-
-    classifier = importlib.import_module("elision.zoo").load("garments-classifier")
-    return Subject(name, pipe, CLASSES, 28, 2.0, classifier, list(range(len(CLASSES))))
-
-
-def _from_zoo(name: str) -> Subject:
+    builder = subjects.for_model(name)
     pipe = importlib.import_module("elision.zoo").load(name)
-    if type(pipe).__name__ != "GarmentsPipeline":
-        raise UnsupportedTarget(f"{name} draws no images: compare on a pipeline of the zoo, such as 'garments-flux'")
-    return _garments(name, pipe)
+    if builder is None:
+        raise UnsupportedTarget(f"{name} draws no images: compare on one of {', '.join(subjects.models())}")
+    return builder.subject(name, pipe, prompts)

@@ -65,6 +65,10 @@ class Arm:
         values = [getattr(s, what) for s in self.samples]
         return [float(np.mean(v)) if isinstance(v, list) else float(v) for v in values if v is not None and v != []]
 
+    def scores(self, name: str) -> list[float]:
+        """The per-seed means of a score."""
+        return [float(np.mean(s.scores[name])) for s in self.samples]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -83,7 +87,7 @@ class Row:
     psnr: Estimate
     ssim: Estimate
     lpips: Estimate | None
-    accuracy: Estimate | None
+    scores: dict[str, Estimate]
     distance: Estimate | None
     distance_real: Estimate | None
     psnr_gain: Estimate | None
@@ -203,7 +207,7 @@ def _row(arm: Arm, arms: Sequence[Arm]) -> Row:
         psnr=stats.mean(arm.per_seed("psnr")),
         ssim=stats.mean(arm.per_seed("ssim")),
         lpips=optional("lpips"),
-        accuracy=optional("accuracy"),
+        scores={name: stats.mean(arm.scores(name)) for name in arm.samples[0].scores},
         distance=arm.distance,
         distance_real=arm.distance_real,
         psnr_gain=None if equal is None else stats.difference(arm.per_seed("psnr"), equal.per_seed("psnr")),

@@ -44,7 +44,7 @@ def cells(row: Row) -> dict[str, str]:
         "LPIPS": "–" if plain else optional(row.lpips, ".3f"),
         "distance": "–" if plain else optional(row.distance, ".3g"),
         "to real": optional(row.distance_real, ".3g"),
-        "accuracy": "–" if row.accuracy is None else f"{row.accuracy:.2f}",
+        **{name: format(value, ".2f" if abs(value.mean) <= 1 else ".1f") for name, value in row.scores.items()},
         "Δ fewer steps": optional(row.psnr_gain, "+.1f"),
     }
 
@@ -84,7 +84,7 @@ def comparison_table(comparison: Comparison, steps: int, width: int | None = Non
     return table
 
 
-_DISPENSABLE = ("calls", "to real", "seconds", "SSIM", "distance", "peak held", "LPIPS", "accuracy", "FLOPs")
+_DISPENSABLE = ("calls", "to real", "seconds", "SSIM", "distance", "peak held", "LPIPS", "FLOPs")
 
 
 def width_of(columns: list[str], texts: list[dict[str, str]]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,39 +85,76 @@ def show(
 
 
 def fit(
-    method: Annotated[str, typer.Argument(help='A method with options, as in "teacache:degree=3".')],
+    method: Annotated[str, typer.Argument(help='A method with options, as in "teacache:degree=3" or "prefixkv".')],
     output: Annotated[Path, typer.Option("--out", "--output", "-o", help="Profile file to write (.safetensors).")],
-    model: Annotated[str, typer.Option(help="Zoo name, hub id or local path of a pipeline.")] = "garments-flux",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Zoo name, hub id or local path; by default garments-flux, or smollm2 for K/V caches."),
+    ] = None,
     calls: Annotated[int, typer.Option(min=1, help="Runs to learn from; each draws one batch of prompts.")] = 4,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of every run.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of every run of a diffusion model.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeat for a batch.")] = None,
+    branches: Annotated[
+        str | None, typer.Option(help='Guidance branches in the order of their calls, as in "cond,uncond".')
+    ] = None,
+    length: Annotated[int, typer.Option(min=16, help="Tokens of every generated prompt of a language model.")] = 512,
     as_json: JsonFlag = False,
 ) -> None:
     """Run the offline part of a method and write what it learned."""
     need_bench()
     import elision
     from elision.bench.spec import parse
-    from elision.bench.subject import load_subject
 
     spec = parse(method)
     if type(spec.method).fit is elision.Method.fit:
         spec.method.fit(None, [])  # has no offline part and says so, before a model is loaded
-    subject = load_subject(model, prompts=prompt)
     with progress(silent=as_json) as move:
-
-        def call(seed: int) -> Any:
-            def run(pipe: Any) -> Any:
-                del pipe  # the subject's own
-                move(seed, calls, f"run {seed + 1}")
-                return subject.sample(steps or subject.steps, seed)
-
-            return run
-
-        profile = elision.fit(subject.pipe, spec.method, calls=[call(seed) for seed in range(calls)])
+        if spec.method.family == "kv":
+            name, target, made = _language_calls(model or "smollm2", prompt, calls, length)
+        else:
+            name, target, made = _denoise_calls(model or "garments-flux", prompt, calls, steps, move)
+        named = tuple(branches.split(",")) if branches else ()
+        profile = elision.fit(target, spec.method, calls=made, branches=named)
     profile.save(output)
-    facts = {"method": spec.label, "model": subject.name, "calls": calls, "profile": str(output), **profile.facts}
+    facts = {"method": spec.label, "model": name, "calls": len(made), "profile": str(output), **profile.facts}
     if as_json:
-        print_json({**facts, "tensors": {name: list(t.shape) for name, t in profile.tensors.items()}})
+        print_json({**facts, "tensors": {key: list(t.shape) for key, t in profile.tensors.items()}})
         return
-    out.print(f"wrote {output}: {spec.label} on {subject.name}, {calls} runs", highlight=False)
-    out.print(f'use it: elision compare denoise --methods "{spec.name}:profile={output}"', style="dim", highlight=False)
+    out.print(f"wrote {output}: {spec.label} on {name}, {len(made)} runs", highlight=False)
+    out.print(
+        f'use it: elision compare {spec.method.family} --methods "{spec.name}:profile={output}"',
+        style="dim",
+        highlight=False,
+    )
+
+
+def _denoise_calls(
+    model: str, prompt: list[str] | None, calls: int, steps: int | None, move: Callable[[int, int, str], None]
+) -> tuple[str, Any, list[Any]]:
+    """Name, pipeline and runs from different noise."""
+    from elision.bench.subject import load_subject
+
+    subject = load_subject(model, prompts=prompt)
+
+    def call(seed: int) -> Any:
+        def run(pipe: Any) -> Any:
+            del pipe  # the subject's own
+            move(seed, calls, f"run {seed + 1}")
+            return subject.sample(steps or subject.steps, seed)
+
+        return run
+
+    return subject.name, subject.pipe, [call(seed) for seed in range(calls)]
+
+
+def _language_calls(model: str, prompt: list[str] | None, calls: int, length: int) -> tuple[str, Any, list[Any]]:
+    """Name, model and prompts: those given, or generated prose of `length` tokens."""
+    from elision.bench.kv import tasks
+    from elision.bench.kv.subject import load_language
+
+    subject = load_language(model)
+    if prompt:
+        rows = [subject.encode(text) for text in prompt]
+    else:  # seeds that no comparison and no claim uses
+        rows = [tasks.continuation(subject, length, 20_000 + i, 0.5).turns[0].ids for i in range(calls)]
+    return subject.name, subject.model, [subject.tensor([row]) for row in rows]

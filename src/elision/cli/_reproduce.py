@@ -14,10 +14,10 @@ def reproduce(
     names: Annotated[list[str], typer.Argument(help="Methods whose claims are tested, or `all`.")],
     model: Annotated[
         str | None,
-        typer.Option(help="Zoo name, hub id or local path; by default the zoo's of each family."),
+        typer.Option(help="Zoo name, hub id or local path; by default the one that each claim is written for."),
     ] = None,
     family: Annotated[str | None, typer.Option(help="Only methods of this family.")] = None,
-    steps: Annotated[str, typer.Option(help="Numbers of steps to test at.")] = "28,50",
+    steps: Annotated[str | None, typer.Option(help="Numbers of steps to test at; by default the model's own.")] = None,
     seeds: Annotated[str, typer.Option(help='How many seeds ("6"), or which ("3,7").')] = "6",
     prompts: Annotated[
         str | None, typer.Option(help="Prompts per task, for methods on language models; by default 12 or 6.")
@@ -41,7 +41,7 @@ def reproduce(
             names,
             model=model,
             family=family,
-            steps=steps_of(steps) or [28],
+            steps=steps_of(steps),
             seeds=seeds_of(seeds),
             prompts=None if prompts is None else seeds_of(prompts),
             length=length,

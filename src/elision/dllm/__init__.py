@@ -3,9 +3,9 @@
 from elision import dllm
 
 lm = dllm.load("GSAI-ML/LLaDA-8B-Instruct")
-out = dllm.generate(lm, prompt_ids, gen_length=128, steps=128, block_length=32)            # no cache
+out = dllm.generate(lm, input_ids, gen_length=128, steps=128, block_length=32)            # no cache
 with elision.apply(lm, "dkv_cache", interval=8) as run:
-    out = run.generate(prompt_ids, gen_length=128, steps=128, block_length=32)
+    out = run.generate(input_ids, gen_length=128, steps=128, block_length=32)
 """
 
 from elision.dllm.checkpoints import load

@@ -67,7 +67,7 @@ class DllmApplied(Applied):
 
     def generate(
         self,
-        prompt_ids: Tensor,
+        input_ids: Tensor,
         *,
         attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -78,7 +78,7 @@ class DllmApplied(Applied):
         """Generate, with the method at work.
 
         Args:
-            prompt_ids: [B, P] or [P] token ids; shorter prompts are padded on the left.
+            input_ids: [B, P] or [P] token ids; shorter prompts are padded on the left.
             attention_mask: [B, P], 0 at the padding.
             generator: of random numbers.
             noise: random numbers from elsewhere, instead of a generator.
@@ -92,7 +92,7 @@ class DllmApplied(Applied):
             OptionError: a setting out of its range, or against what the method prescribes.
         """
         self._open("generate()")
-        prompt, mask = _inputs(prompt_ids, attention_mask, self.lm)
+        prompt, mask = _inputs(input_ids, attention_mask, self.lm)
         settings = Decoding.of(**self.method.decoding(decoding, self.lm))
         asked = Decoding.of(**decoding)
         noise = noise or Noise(generator)
@@ -287,21 +287,21 @@ def _inputs(prompt: Tensor, mask: Tensor | None, lm: MaskedLM) -> tuple[Tensor, 
     if prompt.ndim == 1:
         prompt = prompt[None]
     if prompt.is_floating_point() or prompt.dtype == torch.bool or prompt.ndim != 2 or prompt.numel() < 1:
-        raise OptionError(f"prompt_ids of shape {tuple(prompt.shape)} and {prompt.dtype}: give token ids [B, P]")
+        raise OptionError(f"input_ids of shape {tuple(prompt.shape)} and {prompt.dtype}: give token ids [B, P]")
     prompt = prompt.long()
     low, high = (int(x) for x in prompt.aminmax())
     if low < 0 or high >= lm.vocab:
-        raise OptionError(f"prompt_ids hold {low if low < 0 else high}: token ids go from 0 to {lm.vocab - 1}")
+        raise OptionError(f"input_ids hold {low if low < 0 else high}: token ids go from 0 to {lm.vocab - 1}")
     if bool((prompt == lm.mask_id).any()):
         raise OptionError(
-            f"prompt_ids hold the [MASK] token {lm.mask_id}: only what follows the prompt is generated, a mask in it "
+            f"input_ids hold the [MASK] token {lm.mask_id}: only what follows the prompt is generated, a mask in it "
             "would stay; leave it out"
         )
     if mask is not None:
         mask = torch.as_tensor(mask, device=lm.device)
         mask = mask[None] if mask.ndim == 1 else mask
         if mask.shape != prompt.shape:
-            raise OptionError(f"attention_mask {tuple(mask.shape)} does not fit prompt_ids {tuple(prompt.shape)}")
+            raise OptionError(f"attention_mask {tuple(mask.shape)} does not fit input_ids {tuple(prompt.shape)}")
         if not bool(mask[:, -1].all()):
             raise OptionError("attention_mask ends with padding: pad prompts on the left")
     return prompt, mask
@@ -309,7 +309,7 @@ def _inputs(prompt: Tensor, mask: Tensor | None, lm: MaskedLM) -> tuple[Tensor, 
 
 def generate(
     model: Any,
-    prompt_ids: Tensor,
+    input_ids: Tensor,
     *,
     attention_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -319,7 +319,7 @@ def generate(
 ) -> Tensor:
     """Generate without any cache: every call computes every row. Arguments as in `DllmApplied.generate`."""
     lm = _take(model)
-    prompt, mask = _inputs(prompt_ids, attention_mask, lm)
+    prompt, mask = _inputs(input_ids, attention_mask, lm)
     run = _Run(lm, Nothing(), prompt, mask, Decoding.of(**decoding), noise or Noise(generator), on_step=on_step)
     return run.go()
 
@@ -339,7 +339,7 @@ class Measured:
 
 
 def measure(
-    model: Any, method: str | DllmMethod, prompt_ids: Tensor, *, attention_mask: Tensor | None = None, **decoding: Any
+    model: Any, method: str | DllmMethod, input_ids: Tensor, *, attention_mask: Tensor | None = None, **decoding: Any
 ) -> Measured:
     """One generation by one method, for comparisons; a method that elides nothing here does not warn.
 
@@ -350,7 +350,7 @@ def measure(
         raise OptionError(f"{made.name} is no method for masked-diffusion language models")
     with DllmApplied(model, made) as applied, warnings.catch_warnings():
         warnings.simplefilter("ignore", ElisionWarning)
-        tokens = applied.generate(prompt_ids, attention_mask=attention_mask, **decoding)
+        tokens = applied.generate(input_ids, attention_mask=attention_mask, **decoding)
         report = applied.report()
     return Measured(tokens, _sum(report.runs), report.bytes_peak)
 

@@ -83,6 +83,14 @@ class Attention:
         turned: tuple[Tensor, Tensor] = _rotation(type(self.module))(q, k, cos, sin)  # type: ignore[arg-type]
         return turned
 
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`x` [B, H, n, D] rotated as the model's own function does it, to the bit."""
+        rotate = _rotation(type(self.module))  # type: ignore[arg-type]
+        if cos.shape[-1] == x.shape[-1] and _turns_halves(rotate):
+            return _turn_halves(x, cos, sin)
+        turned: Tensor = rotate(x[:, :1], x, cos, sin)[1]  # the function turns pairs; the other half is kept small
+        return turned
+
 
 def implementation(module: nn.Module) -> str:
     """The attention implementation that `module` uses, seen through the seam."""
@@ -107,6 +115,24 @@ def _rotation(kind: type[nn.Module]) -> Callable[..., tuple[Tensor, Tensor]]:
             "unrotated: use the mode of the method that keeps rotated keys"
         )
     return rotate  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _turns_halves(rotate: Callable[..., tuple[Tensor, Tensor]]) -> bool:
+    """Whether a model's function is the usual rotation of the two halves of a head, found by trying it."""
+    draw = torch.Generator().manual_seed(0)
+    x, cos, sin = (torch.randn(*shape, generator=draw) for shape in ((1, 2, 3, 8), (1, 3, 8), (1, 3, 8)))
+    return torch.equal(rotate(x, x, cos, sin)[1], _turn_halves(x, cos, sin))
+
+
+def _turn_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x * cos + (-second half, first half) * sin without the copies that this formula makes."""
+    half = x.shape[-1] // 2
+    cos, sin = cos[:, None], sin[:, None]
+    out = x * cos
+    out[..., :half] -= x[..., half:] * sin[..., :half]
+    out[..., half:] += x[..., :half] * sin[..., half:]
+    return out
 
 
 def _dispatch(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **extra: Any) -> Out:

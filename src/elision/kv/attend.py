@@ -104,10 +104,20 @@ def _roll(
     cos, sin = forward.rotary[n]
     place = _places(store)
     if place is not None:
-        cos, sin = cos[0][place], sin[0][place]
-    keys = att.rotate(keys[:, :1], keys, cos, sin)[1]  # the model turns pairs; the other half is kept small
-    q = att.rotate(att.q, att.q[:, :1], cos[:, n - m :], sin[:, n - m :])[0]
+        cos, sin = _at(forward, place, cos, sin)
+    keys = att.turn(keys, cos, sin)
+    q = att.turn(att.q, cos[:, n - m :], sin[:, n - m :])
     return q, keys
+
+
+def _at(forward: Forward, place: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin at `place` [B, n], kept for the next layer, which mostly agrees (asking a GPU would be a wait)."""
+    last = forward.placed
+    if last is not None and place.device.type == "cpu" and torch.equal(last[0], place):
+        return last[1], last[2]
+    picked = [table[0].index_select(0, place.reshape(-1)).view(*place.shape, -1) for table in (cos, sin)]
+    forward.placed = (place, picked[0], picked[1])
+    return picked[0], picked[1]
 
 
 def _places(store: LayerStore) -> Tensor | None:

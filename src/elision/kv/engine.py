@@ -40,6 +40,7 @@ class Forward:
         valid: which of them are real, [B, m]; None if all are.
         masks: masks made so far in this forward, by number of stored slots.
         rotary: cos and sin of slot indices made so far, by number of slots.
+        placed: the last slot indices that are not simply counted, with their cos and sin.
     """
 
     book: Book
@@ -54,6 +55,7 @@ class Forward:
     drafts: int = 0
     masks: dict[int, Tensor] = field(default_factory=dict)
     rotary: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    placed: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 class KVApplied(Applied):

@@ -69,3 +69,20 @@ def test_reproduce_runs_kv_claims(smollm2: None, tmp_path: Path) -> None:
     assert {f["claim"] for f in told["findings"]} == {"uniform_rtn/bits"}
     assert told["model"] == "smollm2"
     assert told["length"] == 200
+
+
+@pytest.mark.parametrize("prompts", [[], ["--prompt", "one two three four five six seven eight"]])
+def test_fit_writes_a_profile_that_compare_takes(smollm2: None, prompts: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "prefix.safetensors"
+    found = run("fit", "prefixkv:budget=0.5", "--calls", "2", "--length", "64", *prompts, "-o", str(path), "--json")
+    told = json.loads(found.stdout)
+    assert told["calls"] == told["prompts"] == (1 if prompts else 2)
+    assert told["model"] == "smollm2"
+    methods = ["--methods", f"prefixkv:budget=0.5,profile={path}"]
+    quick = ["--tasks", "passkey", "--prompts", "1", "--length", "200", "--timing", "0", "--no-controls", "--no-report"]
+    run("compare", "kv", *methods, *quick, "-o", str(tmp_path / "r.jsonl"))
+
+
+def test_fit_refuses_branches_of_a_language_model(smollm2: None, tmp_path: Path) -> None:
+    found = run("fit", "prefixkv", "--branches", "cond,uncond", "-o", str(tmp_path / "p.safetensors"), code=2)
+    assert "branches belong to diffusion models" in found.stderr

@@ -78,6 +78,20 @@ def stable_over_prompts(lab: KVLab, length: int) -> Iterator[Measured]:
 
 
 @claim(
+    "prefixkv/profile",
+    "Ratios averaged over ten other prompts are no worse than those found on the prompt itself",
+    paper="released and evaluated as files of 10 samples; no figure for the difference",
+    metric="nats per answer token by which the profile is worse",
+    direction="at most",
+    baseline="the same method without a profile",
+)
+def profile_or_search(lab: KVLab, length: int) -> Iterator[Measured]:
+    """On prose, of which the profile is made, and on a fact in it."""
+    for task in ("continuation", "needle"):
+        yield lab.fitted("prefixkv:budget=0.5", task, length)
+
+
+@claim(
     "elastic_cache/merge",
     "Merging what leaves into its nearest anchor is no worse than dropping it",
     paper="the design of the method; its tables are published as images only",

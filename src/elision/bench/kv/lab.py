@@ -25,7 +25,7 @@ from elision.kv.parts import Call
 from elision.profile import Profile
 
 _REMEMBERED = 8192  # tokens whose queries, keys, values and outputs are kept: 1.5 GB of SmolLM2
-Trial = tuple[KVMethod, str, int]
+Trial = tuple[KVMethod, bool, str, int]  # whether it is fitted
 
 
 @dataclass
@@ -84,20 +84,19 @@ class KVLab:
             self.truths(task, length)
         return self._full[task, length]
 
-    def outcomes(self, method: KVMethod, task: str, length: int) -> list[Outcome]:
-        """A method's outcomes, in the order of the seeds; a profile that it needs is fitted on other prompts."""
-        key = (method, task, length)
+    def outcomes(self, method: KVMethod, task: str, length: int, fitted: bool = False) -> list[Outcome]:
+        """A method's outcomes, in the order of the seeds; a profile is fitted on other prompts."""
+        fitted = fitted or method.needs_profile
+        key = (method, fitted, task, length)
         if key not in self._tried:
-            truths, profile = self.truths(task, length), self.profile(method, length)
+            truths, profile = self.truths(task, length), self.profile(method, length) if fitted else None
             self.told(f"{task}, {method.name}")
             trials = [measure.trial(self.subject, method, truth, profile) for truth in truths]
             self._tried[key] = self._sorted(outcome for trial in trials for outcome in trial.outcomes)
         return self._tried[key]
 
-    def profile(self, method: KVMethod, length: int, count: int = 8) -> Profile | None:
+    def profile(self, method: KVMethod, length: int, count: int = 10) -> Profile:
         """What a method learns from `count` prompts of prose with seeds that no experiment uses."""
-        if not method.needs_profile:
-            return None
         if method not in self._profiles:
             self.told(f"{method.name}, offline part")
             texts = [TASKS["continuation"].make(self.subject, length, 10_000 + i, 0.5) for i in range(count)]
@@ -108,9 +107,9 @@ class KVLab:
 
     # -- comparisons ---------------------------------------------------------------------------------------------------
 
-    def values(self, method: KVMethod | None, what: str, task: str, length: int) -> list[float]:
+    def values(self, method: KVMethod | None, what: str, task: str, length: int, fitted: bool = False) -> list[float]:
         """One number per prompt: "nll", "kl", "exact", "agree" or "share"; `None` is the full cache."""
-        found = self.full(task, length) if method is None else self.outcomes(method, task, length)
+        found = self.full(task, length) if method is None else self.outcomes(method, task, length, fitted)
         values = [getattr(outcome, what) for outcome in found]
         if any(value is None for value in values):
             raise OptionError(f"{task} has no right answer, so {what!r} is not defined")
@@ -149,6 +148,11 @@ class KVLab:
         )
         return Measured(f"{task}, {ours} against the full cache", self.lead(mine, None, what, task, length), remark)
 
+    def fitted(self, ours: str, task: str, length: int) -> Measured:
+        """How many nats more a method loses with a profile from other prompts than without one."""
+        with_profile, without = (self.values(method(ours), "nll", task, length, fitted) for fitted in (True, False))
+        return Measured(f"{task}, {ours}", stats.difference(with_profile, without), "profile of 10 prompts of prose")
+
     # -- what is kept --------------------------------------------------------------------------------------------------
 
     def layers(self, ours: KVMethod, task: str, length: int) -> Tensor:
@@ -160,7 +164,7 @@ class KVLab:
         """How much of what decoding will look at is kept: share of the `budget` prompt tokens with most attention from
         the answer's own queries, per layer and KV head, that the method holds after the prompt; one per prompt."""
         found: dict[int, float] = {}
-        profile = self.profile(ours, length)
+        profile = self.profile(ours, length) if ours.needs_profile else None
         for truth in self.truths(task, length):
             best = self._oracle(truth, budget)
             kept = measure.kept(self.subject, ours, truth, profile)

@@ -49,6 +49,7 @@ def render(comparison: Comparison) -> str:
             sections=[_section(comparison, steps) for steps in comparison.steps],
             environment=comparison.environment or environment(),
             amplify=AMPLIFY,
+            scores=list(comparison.arms[0].samples[0].scores),
             states=STATES,
             kinds=KINDS,
             version=elision.__version__,

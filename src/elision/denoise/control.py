@@ -15,7 +15,6 @@ tokens where they are.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -198,14 +197,15 @@ class Steering:
         out = inner(*args, **kwargs)
         if dt is None:
             return out
-        given = inspect.signature(inner).bind(*args, **kwargs).arguments
-        if given.get("per_token_timesteps") is not None:
+        names = step_names(clock.scheduler)
+        if argument(names, args, kwargs, "per_token_timesteps") is not None:
             raise UnsupportedTarget(
                 f"{self.holds('dt')} changes the sampler's steps, and this pipeline gives every token a time of its "
                 "own (per_token_timesteps): turn that part of the method off"
             )
         nominal, form = Form.split(out)
-        moved = euler(given["sample"], given["model_output"], dt)
+        sample, velocity = (argument(names, args, kwargs, name) for name in ("sample", "model_output"))
+        moved = euler(sample, velocity, dt)
         if isinstance(dt, Tensor):
             moved = torch.where(dt.to(moved.device).isnan(), nominal.to(moved.dtype), moved)
         return form.join(moved)

@@ -103,6 +103,8 @@ class LiveCalls:
         self.names = parameter_names(host.model)
         self.kept: dict[tuple[str, str, int], Kept] = {}  # by branch, module and call within it
         self.peeking = False
+        self._form: Form | None = None  # of the last full call, and what its output is like
+        self._like = torch.empty(0)
         self._blocks = self.adapter.attention(host.model)
         self._pass: _Pass | None = None
 
@@ -138,7 +140,7 @@ class LiveCalls:
         branch = self.host.step.branch
         self.kept = {key: kept for key, kept in self.kept.items() if key[0] != branch}
         if not keep:
-            return inner(*args, **kwargs)
+            return self._seen(inner(*args, **kwargs))
         with self._running(_Pass(self._count(args, kwargs), None, slice(None), True, branch)) as about:
             out = inner(*args, **kwargs)
         for modules in self._blocks.values():
@@ -147,6 +149,11 @@ class LiveCalls:
                     f"{self.holder}: no scaled_dot_product_attention was seen in {modules[0]}: set the attention "
                     "backend to native, as in pipe.transformer.set_attention_backend('native')"
                 )
+        return self._seen(out)
+
+    def _seen(self, out: Any) -> Any:
+        value, self._form = Form.split(out)
+        self._like = value.new_empty(0, 0, *value.shape[2:])
         return out
 
     def cut(self, inner: Inner, args: Args, kwargs: Kwargs, live: Live) -> Any:
@@ -163,8 +170,7 @@ class LiveCalls:
         count, x = self._count(args, kwargs), argument(self.names, args, kwargs, self.adapter.latent)
         same = isinstance(live, Tensor)
         parts = [(live, slice(None))] if same else [(one, slice(b, None, len(live))) for b, one in enumerate(live)]
-        joined: Tensor | None = None
-        form: Form | None = None
+        joined, form = self._like.new_zeros(len(x), count, *self._like.shape[2:]), self._form
         for mine, rows in parts:
             if not len(mine):
                 continue
@@ -173,12 +179,15 @@ class LiveCalls:
                 self._book(some_args, some_kwargs, len(mine), count)
             with self._running(_Pass(count, mine, rows, not self.peeking, self.host.step.branch)):
                 out, form = Form.split(inner(*some_args, **some_kwargs))
-            if joined is None:
+            if joined.shape[2:] != out.shape[2:] or joined.dtype != out.dtype:  # nothing was seen before
                 joined = out.new_zeros(len(x), count, *out.shape[2:])
             joined[rows].index_copy_(1, mine, out)
         if not self.peeking:
             self.host.book.cut[self.host.signature] += 1
-        assert form is not None, "the sampler is not asked for tokens where there are none"
+        if form is None:
+            raise UnsupportedTarget(
+                f"{self.holder} calls the denoiser with none of its tokens before it was called with all of them"
+            )
         return form.join(joined)
 
     @contextmanager

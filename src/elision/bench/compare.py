@@ -40,7 +40,7 @@ def compare_denoise(
     methods: str | Iterable[str] = "auto",
     *,
     steps: int | Sequence[int] | None = None,
-    seeds: int | Sequence[int] = 5,
+    seeds: int | Sequence[int] | None = None,
     prompts: Sequence[Any] | None = None,
     batch: int | None = None,
     guidance: float | None = None,
@@ -59,8 +59,8 @@ def compare_denoise(
         model: a zoo name, a hub id, a local path, a loaded pipeline or a `Subject`.
         methods: texts like "taylorseer:interval=3", or "auto".
         steps: one number of steps or several; by default the model's own.
-        seeds: how many, or which.
-        prompts: one per image of a batch.
+        seeds: how many, or which; by default 5. Of a policy, episodes of every task; by default 50.
+        prompts: one per image of a batch. Of a policy, its tasks.
         batch: images per run.
         guidance: guidance scale.
         controls: whether to add `uniform`, `random_skip` and `stale` at matched cost.
@@ -69,15 +69,17 @@ def compare_denoise(
         progress: told how many of how many runs are done, and what runs next.
     """
     specs = parse_many(AUTO if methods == "auto" else methods)
-    numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not numbers:
+    if seeds is not None and not _seeds(seeds):
         raise OptionError("seeds=0 is out of range; it must be at least 1")
     subject = load_subject(model, prompts=prompts, batch=batch, guidance=guidance, arguments=dict(arguments or {}))
     if subject.kind == "policy":
         policy = importlib.import_module("elision.bench.policy")
+        chosen = parse_many(policy.AUTO) if methods == "auto" else specs
+        episodes = _seeds(50 if seeds is None else seeds)
         return policy.compare(  # type: ignore[no-any-return]
-            subject, specs, steps=steps, seeds=numbers, controls=controls, progress=progress
+            subject, chosen, steps=steps, seeds=episodes, controls=controls, progress=progress
         )
+    numbers = _seeds(5 if seeds is None else seeds)
     grids = [subject.steps] if steps is None else [steps] if isinstance(steps, int) else list(steps)
     if any(total < 1 for total in grids):
         raise OptionError(f"steps={min(grids)} is out of range; it must be at least 1")
@@ -98,6 +100,10 @@ def compare_denoise(
         arms=arms,
         notes=[*judge.notes(len(numbers) * len(subject.prompts)), *missing],
     )
+
+
+def _seeds(given: int | Sequence[int]) -> list[int]:
+    return list(range(given)) if isinstance(given, int) else list(given)
 
 
 def _scaled(progress: Progress, place: int, of: int) -> Progress:

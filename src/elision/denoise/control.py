@@ -180,7 +180,7 @@ class Steering:
         names = step_names(self._session.clock.scheduler)
         velocity = argument(names, args, kwargs, "model_output")
         alive = torch.zeros(len(velocity), velocity.shape[1], 1, dtype=torch.bool, device=velocity.device)
-        for rows, mine in [(alive, live)] if isinstance(live, Tensor) else zip(alive.split(1), live, strict=True):
+        for rows, mine in [(alive, live)] if isinstance(live, Tensor) else zip(alive[:, None], live, strict=True):
             rows.index_fill_(1, mine, True)
         blank = torch.where(alive, velocity, velocity.new_zeros(()))
         args, kwargs = put(names, args, kwargs, "model_output", blank)

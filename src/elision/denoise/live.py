@@ -168,8 +168,11 @@ class LiveCalls:
         """
         self._refuse(args, kwargs)
         count, x = self._count(args, kwargs), argument(self.names, args, kwargs, self.adapter.latent)
-        same = isinstance(live, Tensor)
-        parts = [(live, slice(None))] if same else [(one, slice(b, None, len(live))) for b, one in enumerate(live)]
+        same, parts = isinstance(live, Tensor), list[tuple[Tensor, slice]]()
+        if isinstance(live, Tensor):
+            parts = [(live, slice(None))]
+        else:
+            parts = [(one, slice(b, None, len(live))) for b, one in enumerate(live)]
         joined, form = self._like.new_zeros(len(x), count, *self._like.shape[2:]), self._form
         for mine, rows in parts:
             if not len(mine):
@@ -333,9 +336,9 @@ def cutting(model: nn.Module, adapter: Adapter, live: Callable[[], Tensor | None
     def inputs(names: tuple[str, ...]) -> Callable[[Inner, Args, Kwargs], Any]:
         def wrap(inner: Inner, args: Args, kwargs: Kwargs) -> Any:
             mine = live()
-            for name, axis in adapter.token_inputs.items() if mine is not None else ():
+            for name, axis in adapter.token_inputs.items():
                 value = argument(names, args, kwargs, name)
-                if isinstance(value, Tensor):
+                if mine is not None and isinstance(value, Tensor):
                     args, kwargs = put(names, args, kwargs, name, value.index_select(axis, mine))
             return inner(*args, **kwargs)
 

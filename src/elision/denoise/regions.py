@@ -36,7 +36,7 @@ def edited(estimate: Tensor, reference: Tensor, grid: tuple[int, int], eta: floa
         eta: cosine up to which (inclusive) a token counts as edited.
     """
     raw = similarity(estimate, reference) <= eta
-    return dilate(erode(raw.unflatten(1, grid))).flatten(1)
+    return dilate(erode(raw.reshape(-1, *grid))).flatten(1)
 
 
 def indices(mask: Tensor) -> Tensor | list[Tensor]:
@@ -48,5 +48,5 @@ def indices(mask: Tensor) -> Tensor | list[Tensor]:
 
 def as_rows(mask: Tensor, grid: tuple[int, int]) -> list[list[list[int]]]:
     """A mask [B, L] as plain 0 and 1, image by image and row by row."""
-    rows: list[list[list[int]]] = mask.to("cpu", torch.int).unflatten(1, grid).tolist()
+    rows: list[list[list[int]]] = mask.to("cpu", torch.int).reshape(-1, *grid).tolist()
     return rows

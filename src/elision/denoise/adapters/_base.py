@@ -87,7 +87,7 @@ class Adapter:
     def levels(self) -> tuple[Level, ...]:
         """The levels at which this class has sites."""
         inside: tuple[Level, ...] = ("head", "stack", "run", "branch") if self.lists else ()
-        return ("guided", "model", *inside, *(("kv",) if self.token_axes else ()))  # type: ignore[return-value]
+        return ("guided", "model", *inside, *(("kv",) if self.token_axes else ()))
 
     def block_paths(self, model: nn.Module) -> list[str]:
         """Paths of all blocks, in call order."""

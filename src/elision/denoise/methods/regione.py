@@ -239,7 +239,8 @@ class Regions(Schedule, Decay):
         self.grid = mine
         start = sum(height * width for height, width in grids[: self.m.reference])
         rows = slice(0, len(x)) if step.cond is None or len(tokens) == len(x) else step.cond
-        return tokens[rows, start : start + x.shape[1]]
+        reference: Tensor = tokens[rows, start : start + x.shape[1]]
+        return reference
 
     def tensors(self) -> Iterable[Tensor]:
         """The kept velocity and the region."""

@@ -128,7 +128,7 @@ def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 def split_tokens(tokens: Tensor, image: int, order: Joined) -> tuple[Tensor, Tensor]:
     """Image and text tokens of [B, image + text, C], as views."""
     text = tokens.shape[1] - image
-    first, second = tokens.split([image, text] if order == "image first" else [text, image], dim=1)
+    first, second = torch.split_with_sizes(tokens, [image, text] if order == "image first" else [text, image], dim=1)
     return (first, second) if order == "image first" else (second, first)
 
 

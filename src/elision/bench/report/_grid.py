@@ -65,7 +65,7 @@ def grid(comparison: Comparison, arms: Sequence[Arm]) -> dict[str, Any]:
 
 def _apart(images: Tensor, frames: int) -> Tensor:
     """[B, F, C, H, W]: the frames of each sample; an image is one frame."""
-    return images.unflatten(0, (-1, frames))
+    return images.reshape(-1, frames, *images.shape[1:])
 
 
 def _references(comparison: Comparison, prompts: Sequence[str]) -> list[Line]:

@@ -51,7 +51,7 @@ def sheet(frames: Tensor, columns: int = 4, most: int = 8) -> Tensor:
     tiles = torch.nn.functional.pad(frames[chosen], (0, 1, 0, 1))  # a dark line between the frames
     empty = -len(tiles) % columns
     tiles = torch.cat([tiles, torch.zeros_like(tiles[:1]).expand(empty, -1, -1, -1)]) if empty else tiles
-    rows = tiles.unflatten(0, (-1, min(columns, len(tiles))))  # [rows, columns, C, h, w]
+    rows = tiles.reshape(-1, min(columns, len(tiles)), *tiles.shape[1:])  # [rows, columns, C, h, w]
     return rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)[:, :-1, :-1]
 
 

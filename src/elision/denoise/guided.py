@@ -66,6 +66,7 @@ class GuidedRuntime(SiteRuntime):
             if not decision.stand_in or key not in self._blanks:
                 out = inner(*args, **kwargs)
                 value, form = Form.split(out)
+                value = host.host.adapter.show(value)
                 self._blanks[key] = (form, value.shape, value.dtype)
                 return out
             host.book.stood_in[host.signature, self.site] += 1
@@ -73,7 +74,7 @@ class GuidedRuntime(SiteRuntime):
                 with host.session.steering.peeking():
                     return inner(*args, **kwargs)
             form, shape, dtype = self._blanks[key]
-            return form.join(call.x.new_zeros(shape, dtype=dtype))
+            return form.join(host.host.adapter.give(call.x.new_zeros(shape, dtype=dtype)))
 
         return wrap
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
 
 from elision.denoise.adapters._base import Adapter, BlockSpec, BranchSpec
+from elision.denoise.adapters._modulated import by_norm
 from elision.denoise.sites import Call
 
 _STREAMS = ("encoder_hidden_states", "hidden_states")
-
-
-def _modulated(block: nn.Module, call: Call) -> Tensor:
-    out: Tensor = block.norm1(call.x, emb=call.get("temb"))[0]  # type: ignore[operator]
-    return out
 
 
 def _grids(call: Call) -> list[tuple[int, int]]:
@@ -42,7 +37,7 @@ FLUX = Adapter(
         ),
     },
     head="proj_out",
-    modulated=_modulated,
+    modulated=by_norm,
     token_axes={"hidden_states": 1, "img_ids": -2},
     unbatched=("img_ids", "txt_ids"),
     grids=_grids,

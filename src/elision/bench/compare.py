@@ -12,10 +12,11 @@ from torch import Tensor
 
 from elision.bench.judging import Judging
 from elision.bench.measure import Sample, run_method, run_plain
+from elision.bench.peers import Peer
 from elision.bench.spec import Spec, parse, parse_many
 from elision.bench.subject import Subject, load_subject
 from elision.bench.summary import Arm, Comparison, Kind
-from elision.errors import OptionError
+from elision.errors import MissingDependency, OptionError, UnsupportedTarget
 
 __all__ = ["AUTO", "Arm", "Comparison", "compare_denoise"]
 
@@ -84,9 +85,12 @@ def compare_denoise(
         raise OptionError(f"steps={min(grids)} is out of range; it must be at least 1")
     judge = Judging(subject)
     arms: list[Arm] = []
+    missing: list[str] = []
     for place, total in enumerate(grids):
         told = _scaled(progress, place, len(grids))
-        arms += _Race(subject, total, numbers, keep_images, judge).run(specs, controls, told)
+        race = _Race(subject, total, numbers, keep_images, judge)
+        arms += race.run(specs, controls, told)
+        missing += [note for note in race.missing if note not in missing]
     return Comparison(
         model=subject.name,
         prompts=[str(p) for p in subject.prompts],
@@ -94,7 +98,7 @@ def compare_denoise(
         steps=grids,
         seeds=numbers,
         arms=arms,
-        notes=judge.notes(len(numbers) * len(subject.prompts)),
+        notes=[*judge.notes(len(numbers) * len(subject.prompts)), *missing],
     )
 
 
@@ -116,11 +120,12 @@ class _Race:
     keep: int
     judge: Judging
     plain: dict[tuple[int, int], tuple[Tensor, Sample]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
 
     def run(self, specs: Sequence[Spec], controls: bool, progress: Progress) -> list[Arm]:
         """Warm up, race all seeds, and return the arms: baseline, methods, controls, fewer steps."""
         arms, counts = self._warm_up(specs, progress)
-        if controls:
+        if controls and counts:
             for text in matched_controls(sorted(counts)[len(counts) // 2], self.total):
                 if parse(text).label not in {arm.label for arm in arms}:
                     arms.append(Arm("control", parse(text).label, self.total, spec=parse(text)))
@@ -156,7 +161,13 @@ class _Race:
             kind: Kind = "control" if spec.method.control else "method"
             if spec.label in {arm.label for arm in arms}:
                 continue
-            _, sample, _ = run_method(self.subject, spec.method, self.total, seed, spec.profile)
+            try:
+                _, sample, _ = run_method(self.subject, spec.method, self.total, seed, spec.profile)
+            except (MissingDependency, UnsupportedTarget) as error:
+                if not isinstance(spec.method, Peer):
+                    raise
+                self.missing.append(f"{spec.label} is left out: {error}")
+                continue
             arms.append(Arm(kind, spec.label, self.total, spec=spec))
             counts.append(sample.equal_steps)
         return arms, counts

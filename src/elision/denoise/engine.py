@@ -28,6 +28,7 @@ from elision.hooks.diffusers import (
     Target,
     inspect_target,
     is_set_up,
+    is_stock,
     tap_cache_context,
     tap_scheduler,
     tappable,
@@ -168,6 +169,8 @@ class DenoiseApplied(Applied):
     def _install(self, plans: list[tuple[Host, torch.nn.Module, list[Plan]]]) -> None:
         self.steering = Steering(dict(zip((m.name for m in self.methods), plans[0][2], strict=True)), self)
         self.steering.check(self.target.scheduler)
+        if not self.clock.branches and is_stock(self.target.pipeline):
+            self.clock.branches = plans[0][0].adapter.calls
         for host, module, mine in plans:
             self._own(host.model)
             groups = [group for plan in mine for group in plan.groups]

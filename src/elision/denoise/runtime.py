@@ -155,7 +155,10 @@ class HostRuntime:
 
     def _tick(self, args: Args, kwargs: Kwargs) -> None:
         adapter = self.host.adapter
-        x = argument(self._names, args, kwargs, adapter.latent)
+        for name, why in adapter.refused.items():
+            if argument(self._names, args, kwargs, name) is not None:
+                raise UnsupportedTarget(f"{type(self.model).__name__} was called with {name}, and then {why}")
+        x = adapter.show(argument(self._names, args, kwargs, adapter.latent))
         if not isinstance(x, Tensor):
             raise UnsupportedTarget(
                 f"{type(self.model).__name__} was called with {adapter.latent}={type(x).__name__}, not a tensor"
@@ -190,7 +193,7 @@ class HostRuntime:
             site.restart()
 
     def _after(self, out: Any) -> None:
-        value, _ = Form.split(out)
+        value = self.host.adapter.show(Form.split(out)[0])
         if isinstance(value, Tensor):
             self.finite.append((self.step.run, self.step.n, self.step.branch, torch.isfinite(value).all()))
         if self.renewed:

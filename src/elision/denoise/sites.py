@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 Level = Literal["model", "head", "stack", "run", "branch"]
 Kind = Literal["self", "cross", "joint", "mlp", "fused"]
+Joined = Literal["text first", "image first"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Site:
         only: the streams that are kept; empty means all.
         kind: what a branch computes.
         entry: a block whose incoming image tokens are shown to the site as `call.entry`; empty for none.
+        joined: for a tail that returns in one tensor the tokens of two streams that enter the first block apart: which
+            come first.
     """
 
     key: str
@@ -44,6 +48,7 @@ class Site:
     only: tuple[str, ...] = ()
     kind: Kind | None = None
     entry: str = ""
+    joined: Joined | None = None
 
     @property
     def modules(self) -> frozenset[str]:
@@ -73,7 +78,7 @@ class Call:
         args: positional and
         kwargs: keyword arguments of the call.
         entry: the image tokens that entered the block `site.entry` in this call, where the site asks for them.
-        inputs: at `stack` and `run` the incoming value of every stream.
+        inputs: at `stack` and `run` the incoming value of every stream, at `model` of every further latent.
         module: the module that was called.
     """
 
@@ -84,6 +89,10 @@ class Call:
     module: nn.Module
     entry: Tensor | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def stream(self, x: Tensor) -> str:
+        """The name of the stream that `x` is the incoming value of, empty if it is none of several."""
+        return next((name for name, value in self.inputs.items() if value is x), "")
 
     def get(self, name: str, default: Any = None) -> Any:
         """The argument called `name`, wherever it stands in the call."""
@@ -114,6 +123,18 @@ def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         if isinstance(value, Tensor):
             return value
     raise TypeError("a tapped module was called without a tensor argument")
+
+
+def split_tokens(tokens: Tensor, image: int, order: Joined) -> tuple[Tensor, Tensor]:
+    """Image and text tokens of [B, image + text, C], as views."""
+    text = tokens.shape[1] - image
+    first, second = torch.split_with_sizes(tokens, [image, text] if order == "image first" else [text, image], dim=1)
+    return (first, second) if order == "image first" else (second, first)
+
+
+def join_tokens(image: Tensor, text: Tensor, order: Joined) -> Tensor:
+    """What `split_tokens` takes apart."""
+    return torch.cat([image, text] if order == "image first" else [text, image], dim=1)
 
 
 def channel_axis(x: Tensor) -> int:

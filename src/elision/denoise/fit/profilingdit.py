@@ -195,6 +195,11 @@ def measure(method: ProfilingDiT, target: Any, calls: Sequence[Any], *, branches
     host = Host(model, adapter_for(model), found.scheduler)
     if not host.adapter.lists:
         host.site("run", "profilingdit")  # raises, naming the classes that have blocks
+    if host.adapter.others or any(spec.joined for spec in host.adapter.blocks.values()):
+        raise UnsupportedTarget(
+            f"profilingdit: the attention of {type(model).__name__} is not that of its image tokens alone, or of them "
+            "and text apart, so no block can be called background: give blocks= and apply without a profile"
+        )
     blocks = _attention_of(host)
     watch = AttentionWatch(model, blocks, host.adapter.image, host.adapter.joint == "text first")
     ratios = _Ratios(method, watch, list(blocks))

@@ -103,7 +103,8 @@ class SiteRuntime:
         self._done = -1
         self._decision = _NO_HISTORY
         self._call: Call | None = None
-        self._names = {path: parameter_names(self.host.module(path)) for path in sorted(site.modules)}
+        self._modules = {path: self.host.module(path) for path in sorted(site.modules)}
+        self._names = {path: parameter_names(module) for path, module in self._modules.items()}
 
     def restart(self) -> None:
         """Forget the predictors of the last run."""
@@ -202,7 +203,7 @@ class SiteRuntime:
         else:
             x = first_tensor(args, kwargs)
         sigmas = host.session.clock.sigmas if self.site.level == "guided" else ()
-        self._call = Call(x, names, args, kwargs, host.module(path), entry, inputs, sigmas)
+        self._call = Call(x, names, args, kwargs, self._modules[path], entry, inputs, sigmas)
         decision = self.group.decide(self.site, self._call)
         host.renewed |= self.group.schedule.listens  # a criterion may keep something at every step
         if decision.stand_in and not self._ready():

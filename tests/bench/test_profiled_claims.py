@@ -17,7 +17,7 @@ def test_even_spreading_has_as_many_branch_calls(subject: Subject) -> None:
     lab = Lab(subject, [0])
     for m, ours, alone, shared in bac._arms(lab, 9):
         calls = bac._calls(lab, ours, 9)
-        even = lab.run(bac._Even(calls, 9), 9, 0)[2]
+        even = lab.run(bac.Even(calls, 9), 9, 0)[2]
         assert lab.run(ours, 9, 0)[2].outputs_computed == even.outputs_computed == 2 * calls
         assert bac._calls(lab, alone, 9) == bac._calls(lab, shared, 9) == m * len(bac._sites(lab)[1]) < calls
 

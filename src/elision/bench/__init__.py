@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from elision.bench.claims import Claim, Finding
     from elision.bench.compare import Comparison, compare_denoise
     from elision.bench.dllm.compare import compare_dllm
+    from elision.bench.policy.comparing import compare_policy
     from elision.bench.reproduce import run_claims
 
-__all__ = ["Claim", "Comparison", "Finding", "compare_denoise", "compare_dllm", "run_claims"]
+__all__ = ["Claim", "Comparison", "Finding", "compare_denoise", "compare_dllm", "compare_policy", "run_claims"]
 
 _WHERE = {
     "Claim": "claims",
@@ -26,6 +27,7 @@ _WHERE = {
     "Finding": "claims",
     "compare_denoise": "compare",
     "compare_dllm": "dllm.compare",
+    "compare_policy": "policy.comparing",
     "run_claims": "reproduce",
 }
 

@@ -137,6 +137,11 @@ def examine(claim: Claim, lab: Any, steps: int, *, stepped: bool = True) -> list
         rows = list(claim.measure(lab, steps))
     except (UnsupportedTarget, OptionError) as error:
         rows = [Measured("", None, str(error))]
+    return judged(claim, rows, None if claim.once or not stepped else steps, lab.subject.name)
+
+
+def judged(claim: Claim, rows: Iterable[Measured], steps: int | None, model: str) -> list[Finding]:
+    """The findings of measurements on a model at a number of steps."""
     found: list[Finding] = []
     for row in rows:
         verdict, why = judge(claim, row)
@@ -149,12 +154,12 @@ def examine(claim: Claim, lab: Any, steps: int, *, stepped: bool = True) -> list
                 claim.metric,
                 claim.direction,
                 claim.baseline,
-                None if claim.once or not stepped else steps,
+                steps,
                 row.setting,
                 row.value,
                 verdict,
                 why,
-                lab.subject.name,
+                model,
             )
         )
     return found

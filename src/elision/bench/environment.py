@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("elision", "torch", "diffusers", "transformers", "numpy", "scipy", "scikit-image", "lpips")
+PACKAGES = (
+    *("elision", "torch", "diffusers", "transformers", "numpy", "scipy", "scikit-image", "lpips"),
+    *("metaworld", "mujoco"),
+)
 
 
 def versions() -> dict[str, str]:

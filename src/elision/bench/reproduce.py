@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elision.bench import claims, results
 from elision.bench.claims import Claim, Finding
-from elision.errors import OptionError, UnknownName
+from elision.errors import MissingDependency, OptionError, UnknownName
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from elision.bench.subject import Subject
 
 USUAL = "garments-flux"  # of denoise experiments that name no model
+POLICIES = ("metaworld-policy",)  # experiments on these need episodes instead of images
 _STYLES = {"holds": "green", "does not hold": "red", "not testable here": "yellow"}
 
 
@@ -35,6 +36,7 @@ class Reproduction:
         steps, seeds, images: of the denoise methods; samples per run, the most of any model.
         prompts, length: of the methods on K/V caches: prompts per task, and their tokens.
         questions, total: of the methods for masked-diffusion models: questions per task, tokens of prompt and answer.
+        episodes: of the claims on policies: of each task; `images` then counts tasks.
         findings: in the order of the claims.
     """
 
@@ -47,12 +49,13 @@ class Reproduction:
     length: int = 0
     questions: int = 0
     total: int = 0
+    episodes: int = 0
     findings: list[Finding] = field(default_factory=list)
 
     def setting(self) -> dict[str, Any]:
         """What was asked for."""
         names = ("names", "model", "steps", "seeds", "images", "prompts", "length", "questions", "total")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, *(("episodes",) if self.episodes else ()))}
 
     def to_dict(self) -> dict[str, Any]:
         """Setting and findings, for JSON."""
@@ -71,6 +74,7 @@ class Reproduction:
         parts = [f"{self.images} images per run, {len(self.seeds)} seeds"] if self.images else []
         parts += [f"{self.prompts} prompts of {self.length} tokens per task"] if self.prompts else []
         parts += [f"{self.questions} questions of {self.total} tokens per task"] if self.questions else []
+        parts += [f"{self.episodes} episodes per task of a policy"] if self.episodes else []
         return "".join(f", {part}" for part in parts)
 
     def table(self) -> Table:
@@ -119,6 +123,7 @@ def run_claims(
     seeds: int | Sequence[int] = 6,
     prompts: int | Sequence[int] | None = None,
     length: int | None = None,
+    episodes: int | Sequence[int] = 50,
     progress: Callable[[int, int, str], None] = _silent,
 ) -> Reproduction:
     """Test the claims of methods, each on the model that it is written for.
@@ -134,6 +139,7 @@ def run_claims(
         prompts: the same for methods on language models: prompts of every task, by default 12, or 6 where each is
             decoded without a cache first.
         length: tokens of such a prompt, by default 320; of masked-diffusion models prompt and answer, by default 128.
+        episodes: the same for policies, in the place of `seeds`: of every task.
         progress: told how many of how many experiments are done, and what runs next.
     """
     chosen = _choose(names, family or _family_of(model))
@@ -149,7 +155,8 @@ def run_claims(
         elif name == "dllm":
             models.append(_dllm(out, mine, model, _numbers(_or(prompts, 6), "prompt"), length or 128, progress))
         else:
-            models += _denoise(out, mine, model, _numbers(seeds, "seed"), steps, progress)
+            numbers = {"image": _numbers(seeds, "seed"), "policy": _numbers(episodes, "episode")}
+            models += _denoise(out, mine, model, numbers, steps, progress)
     out.model = ", ".join(models)
     return out
 
@@ -173,7 +180,8 @@ def _family_of(model: Any) -> str | None:
     if model is None:
         return None
     if isinstance(model, str):
-        return {"smollm2": "kv", "garments-flux": "denoise", "digits-mdlm": "dllm"}.get(model)
+        known = {"smollm2": "kv", "digits-mdlm": "dllm", USUAL: "denoise", **dict.fromkeys(POLICIES, "denoise")}
+        return known.get(model)
     if type(model).__name__ in ("DllmSubject", "DigitsMdlm", "MaskedLM"):
         return "dllm"
     return "kv" if isinstance(model, tuple) or (hasattr(model, "tokenizer") and hasattr(model, "frame")) else "denoise"
@@ -197,11 +205,11 @@ def _denoise(
     out: Reproduction,
     mine: Sequence[Claim],
     model: Any,
-    seeds: list[int],
+    numbers: Mapping[str, list[int]],
     steps: Sequence[int] | None,
     progress: Progress,
 ) -> list[str]:
-    """Each claim on its model, model by model, so that only one is in memory."""
+    """Each claim on its model, model by model, so that only one is in memory; `numbers` are seeds by kind of model."""
     if steps is not None and (not steps or min(steps) < 2):
         raise OptionError(f"steps={list(steps)} is out of range; each must be at least 2")
     wanted = [model] if model is not None else list(dict.fromkeys(claim.model or USUAL for claim in mine))
@@ -210,28 +218,53 @@ def _denoise(
     for place, name in enumerate(wanted):
         some = [claim for claim in mine if model is not None or (claim.model or USUAL) == name]
         told = _scaled(progress, place, len(wanted))
-        subject, found = _on_model(some, name, seeds, steps, told)
+        try:
+            subject, found = _on_model(some, name, numbers, steps, told)
+        except MissingDependency as error:
+            if model is not None or name == USUAL:
+                raise
+            missing = [claims.Measured("", None, str(error))]
+            found, subject = [f for claim in some for f in claims.judged(claim, missing, None, name)], None
         for finding in found:
             findings[finding.claim].append(finding)
-        out.images = max(out.images, len(subject.prompts))
-        out.steps = sorted({*out.steps, *(steps or subject.grids)})
-        names.append(subject.name)
-    out.seeds = seeds
+        names.append(name if subject is None else subject.name)
+        if subject is not None:
+            out.images = max(out.images, len(subject.prompts))
+            out.steps = sorted({*out.steps, *_steps(subject, steps)})
+            if subject.kind == "policy":
+                out.episodes = len(numbers["policy"])
+            else:
+                out.seeds = numbers["image"]
     out.findings += [finding for found in findings.values() for finding in found]
     return names
 
 
+def _steps(subject: Subject, steps: Sequence[int] | None) -> Sequence[int]:
+    """The model's own where none are asked for; a policy is always tested at its own."""
+    return subject.grids if steps is None or subject.kind == "policy" else steps
+
+
 def _on_model(
-    mine: Sequence[Claim], model: Any, seeds: list[int], steps: Sequence[int] | None, progress: Progress
+    mine: Sequence[Claim],
+    model: Any,
+    numbers: Mapping[str, list[int]],
+    steps: Sequence[int] | None,
+    progress: Progress,
 ) -> tuple[Subject, list[Finding]]:
     from elision.bench.lab import lab_for
     from elision.bench.subject import load_subject
 
     subject = load_subject(model)
-    chosen = subject.grids if steps is None else steps
+    on_policy = subject.kind == "policy"
+    mine = [claim for claim in mine if (claim.model in POLICIES) == on_policy]
+    if not mine:
+        raise OptionError(f"none of the claims asked for is about {'policies' if on_policy else 'this kind of model'}")
+    chosen = _steps(subject, steps)
     tests = [(claim, total) for claim in mine for total in _grids(claim, chosen)]
     place = [0]
-    lab = lab_for(subject, seeds, lambda what: progress(place[0], len(tests), what))
+    lab = lab_for(
+        subject, numbers["policy" if on_policy else "image"], lambda what: progress(place[0], len(tests), what)
+    )
     lab.warm_up(chosen[0])
     found: list[Finding] = []
     for place[0], (claim, total) in enumerate(tests):

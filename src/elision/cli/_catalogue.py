@@ -156,5 +156,5 @@ def _language_calls(model: str, prompt: list[str] | None, calls: int, length: in
     if prompt:
         rows = [subject.encode(text) for text in prompt]
     else:  # seeds that no comparison and no claim uses
-        rows = [tasks.continuation(subject, length, 20_000 + i, 0.5).turns[0].ids for i in range(calls)]
+        rows = [list(tasks.continuation(subject, length, 20_000 + i, 0.5).turns[0].ids) for i in range(calls)]
     return subject.name, subject.model, [subject.tensor([row]) for row in rows]

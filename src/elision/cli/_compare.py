@@ -25,6 +25,7 @@ from elision.cli._common import (
 from elision.errors import MissingDependency
 
 if TYPE_CHECKING:
+    from elision.bench.policy.summary import PolicyComparison
     from elision.bench.summary import Comparison
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="Compare methods with their baselines and controls.")
@@ -44,8 +45,13 @@ def denoise(
         typer.Option(help='Methods with options, as in "taylorseer:interval=4,easycache:threshold=0.1"; repeatable.'),
     ] = None,
     steps: Annotated[str | None, typer.Option(help='One or more numbers of steps, as in "28,50".')] = None,
-    seeds: Annotated[str, typer.Option(help='How many seeds ("5"), or which ("3,7").')] = "5",
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeat for a batch.")] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(help='How many seeds ("5"), or which ("3,7"); of a policy, episodes per task (50 by default).'),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt, or of a policy a task; repeat for several.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images per run.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     controls: Annotated[bool, typer.Option(help="Add uniform, random and stale reuse at matched cost.")] = True,
@@ -56,20 +62,41 @@ def denoise(
     """Compare denoise methods: quality, speed, cost and memory, each beside the uncached run and fewer steps."""
     need_bench(report)
     from elision.bench.compare import compare_denoise
+    from elision.bench.policy.summary import PolicyComparison
 
+    result: Any  # of policies another kind
     with progress(silent=as_json) as move:
         result = compare_denoise(
             model,
             methods or "auto",
             steps=steps_of(steps),
-            seeds=seeds_of(seeds),
+            seeds=None if seeds is None else seeds_of(seeds),
             prompts=prompt,
             batch=batch,
             guidance=guidance,
             controls=controls,
             progress=move,
         )
-    publish(result, output or _default(result.model), report, as_json)
+    path = output or _default(result.model)
+    if isinstance(result, PolicyComparison):
+        publish_policy(result, path, report, as_json)
+    else:
+        publish(result, path, report, as_json)
+
+
+def publish_policy(result: PolicyComparison, path: Path, report: bool, as_json: bool) -> None:
+    """Write the files, print the table."""
+    result.save(path)
+    page: Path | None = None
+    if report:
+        from elision.bench.policy.report import write_report
+
+        page = write_report(result, path.with_suffix(".html"))
+    if as_json:
+        print_json({**result.to_dict(), "files": {"results": str(path), "report": str(page) if page else None}})
+        return
+    print_table(result.table(table_width()))
+    _say(result.notes, path, page)
 
 
 @app.command("kv")

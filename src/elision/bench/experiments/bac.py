@@ -1,4 +1,7 @@
-"""Claims of BAC (ICLR 2026, arXiv 2506.13456), made of diffusion policies and tested here on an image model."""
+"""Claims of BAC (ICLR 2026, arXiv 2506.13456), made of diffusion policies and tested here on an image model.
+
+`bac_policy` tests them on a policy.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ UNION = 3  # of the small models' ten or so branches
 
 
 @dataclass(frozen=True)
-class _Even(DenoiseMethod):
+class Even(DenoiseMethod):
     """A given number of branch calls, spread evenly over branches and steps."""
 
     name: ClassVar[str] = "even"
@@ -99,7 +102,7 @@ def _share(lab: Lab, method: BAC, steps: int) -> str:
 def against_uniform(lab: Lab, steps: int) -> Iterator[Measured]:
     """With union, minus even spreading."""
     for m, ours, _, _ in _arms(lab, steps):
-        even = _Even(_calls(lab, ours, steps), steps)
+        even = Even(_calls(lab, ours, steps), steps)
         yield Measured(f"M = {m}, {_share(lab, ours, steps)}", lab.gain(ours, even, steps))
 
 

@@ -1,0 +1,59 @@
+"""Every method on every class: nothing elided is nothing changed, and what is elided changes what it should."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from elision.errors import UnsupportedTarget
+from tests.conformance.settings import ONLY_ON, known_methods
+from tests.denoise.adapters.settings import SETTINGS, STEPS, Setting, able, apply
+from tests.denoise.adapters.subjects import ClassLoop
+from tests.denoise.adapters.table import SUBJECTS
+from tests.models import changed, snapshot
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::elision.errors.ElisionWarning"),
+    pytest.mark.usefixtures("no_flops"),
+]
+CASES = [
+    pytest.param(name, setting, id=f"{name}-{setting.method}-{setting.level}")
+    for name in SUBJECTS
+    for setting in SETTINGS
+]
+
+
+@functools.cache
+def plain(name: str) -> tuple[ClassLoop, Tensor]:
+    """A loop around a subject, and its uncached sample under guidance."""
+    loop = ClassLoop(SUBJECTS[name])
+    return loop, loop(steps=STEPS, mode="sequential")
+
+
+def test_every_method_is_here() -> None:
+    """With a setting at a level of its own, which all classes are then tested at."""
+    assert sorted({*ONLY_ON, *(setting.method for setting in SETTINGS)}) == known_methods()
+
+
+@pytest.mark.parametrize(("name", "setting"), CASES)
+def test_method(name: str, setting: Setting) -> None:
+    loop, want = plain(name)
+    if not able(name, setting):
+        with pytest.raises(UnsupportedTarget, match=type(loop.model).__name__):
+            apply(loop, setting.method, setting.active)
+        return
+    before = snapshot(loop.model, loop.scheduler)
+    for options, elides in ((setting.limit, False), (setting.active, True)):
+        with apply(loop, setting.method, options) as run:
+            out = loop(steps=STEPS, mode="sequential", name=run.step)
+        report = run.report()
+        assert torch.equal(out, want) is not elides
+        assert (report.outputs_stood_in > 0) is elides
+        assert report.outputs_computed > 0
+        assert torch.isfinite(out).all()
+        assert report.calls == 2 * STEPS
+    left = changed(before, snapshot(loop.model, loop.scheduler))
+    assert [key for key in left if not key.endswith("_step_index")] == []

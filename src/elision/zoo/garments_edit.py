@@ -30,7 +30,7 @@ from elision.zoo.garments_flux import CONFIG, NULL, PATCH, TEXT
 HEIGHT, WIDTH = 32, 64
 ROWS, COLUMNS = HEIGHT // PATCH, WIDTH // PATCH
 SIDES = ("left", "right")
-GUIDANCE = 2.0
+GUIDANCE = 2.5
 _EXAMPLES = "examples.safetensors"
 _INSTRUCTION = re.compile(rf"replace the ({'|'.join(SIDES)}) item (?:by|with) (?:an? )?({'|'.join(CLASSES)}|anything)")
 
@@ -323,7 +323,7 @@ def preserved(images: Tensor, edits: Edits) -> Tensor:
 
 
 def check(
-    pipe: GarmentsEditPipeline, samples: int = 400, steps: int = 28, guidance: float = GUIDANCE, seed: int = 0
+    pipe: GarmentsEditPipeline, samples: int = 300, steps: int = 28, guidance: float = GUIDANCE, seed: int = 0
 ) -> dict[str, Any]:
     """Edit canvases of test images; the zoo's classifier says in how many the new item is what was asked for."""
     from elision import zoo  # the package lists this module

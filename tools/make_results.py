@@ -320,10 +320,47 @@ def kv_quality() -> str:
     )
 
 
+def policies() -> str:
+    """The last `elision compare denoise` on a policy that was kept as `results/policy_compare.jsonl`."""
+    found = lines("policy_compare.jsonl")
+    if not found:
+        return ""
+    head, rows = found[0], [record["row"] for record in found[1:] if record["kind"] == "row"]
+    setting = head["setting"]
+    body = [
+        (
+            f"`{row['label']}`",
+            interval(row["success"]),
+            *(f"{row['tasks'][task]['mean']:.0%}" for task in setting["tasks"]),
+            interval(row["error"]),
+            f"{row['hz']:.2f}" if row["hz"] else "–",
+            f"{row['control_hz']:.1f}" if row["control_hz"] else "–",
+            interval(row["speedup"]),
+            f"{row['share']:.1%}" if row["share"] is not None else "–",
+            f"{row['bytes_peak'] / 2**10:.0f}" if row["bytes_peak"] else "–",
+            interval(row["lead"]),
+        )
+        for row in rows
+    ]
+    tasks = [task.removesuffix("-v3") for task in setting["tasks"]]
+    columns = ("arm", "success", *tasks, "action error", "chunk Hz", "control Hz", "speed-up", "FLOPs", "KiB peak")
+    return (
+        f"## A policy\n\n`elision compare denoise --model {setting['model']}`, {len(setting['seeds'])} episodes per "
+        "task, the same for every arm. *Action error* is the root mean square difference to the uncached policy's "
+        "actions for the same observation and noise (for other noise: "
+        f"{sum(setting['spread']) / len(setting['spread']):.3f}); Hz are of one robot without the simulator; *Δ* is "
+        "success minus that of DDIM with as few steps as cost at least as much.\n\n"
+        f"{table((*columns, 'Δ fewer steps'), body)}\n\n*{head['environment'].get('date', '')[:10]}; "
+        f"{head['environment'].get('cpu')}, {head['environment'].get('threads')} threads*\n"
+    )
+
+
 def main() -> None:
     """Write the page."""
     parts = [
-        part for part in (speed(), claims(), kv_quality(), kv_speed(), dllm_quality(), dllm_speed(), serving()) if part
+        part
+        for part in (speed(), claims(), policies(), kv_quality(), kv_speed(), dllm_quality(), dllm_speed(), serving())
+        if part
     ]
     intro = "# Results\n\nMade by `tools/make_results.py` from the files in `results/`.\n\n"
     (ROOT / "docs" / "results.md").write_text(intro + "\n".join(parts))

@@ -103,7 +103,8 @@ class SiteRuntime:
         self._done = -1
         self._decision = _NO_HISTORY
         self._call: Call | None = None
-        self._names = {path: parameter_names(self.host.module(path)) for path in sorted(site.modules)}
+        self._modules = {path: self.host.module(path) for path in sorted(site.modules)}
+        self._names = {path: parameter_names(module) for path, module in self._modules.items()}
 
     def restart(self) -> None:
         """Forget the predictors of the last run."""
@@ -201,7 +202,7 @@ class SiteRuntime:
                 x = split_tokens(x, entry.shape[1], spec.joined)[0]
         else:
             x = first_tensor(args, kwargs)
-        self._call = Call(x, names, args, kwargs, host.module(path), entry, inputs)
+        self._call = Call(x, names, args, kwargs, self._modules[path], entry, inputs)
         decision = self.group.decide(self.site, self._call)
         host.renewed |= self.group.schedule.listens  # a criterion may keep something at every step
         if decision.stand_in and not self._ready():

@@ -286,7 +286,9 @@ class DenoiseApplied(Applied):
         """The tally of a group in the current step."""
         assert self._run is not None
         groups = self._run.steps[-1].groups
-        return groups.setdefault(group, Tally())
+        if group not in groups:
+            groups[group] = Tally()
+        return groups[group]
 
     def weigh(self) -> None:
         """Count the bytes that are kept, after a call."""

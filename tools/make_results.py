@@ -94,7 +94,8 @@ def _asked(rows: Sequence[Mapping[str, Any]]) -> str:
     return (
         "Asked of the methods: 95 % of the speed-up that their computed parts allow where whole calls, heads or runs "
         "of blocks are left out, 90 % where branches or tokens are: "
-        f"{len(against) - len(below)} of {len(against)} reach it{_named(below)}. At the same schedule not slower than diffusers or cache-dit: {len(peers) - len(slower)} of "
+        f"{len(against) - len(below)} of {len(against)} reach it{_named(below)}. "
+        f"At the same schedule not slower than diffusers or cache-dit: {len(peers) - len(slower)} of "
         f"{len(peers)}{_named(slower)}."
     )
 

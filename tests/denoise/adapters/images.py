@@ -18,7 +18,7 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from torch import Tensor, nn
 
 from tests.denoise.adapters.subjects import Subject, image, text
-from tests.models import Inputs, draw
+from tests.models import KINDS, Inputs, draw
 
 
 def _flux2() -> nn.Module:
@@ -186,6 +186,13 @@ def _hunyuan_dit_inputs(batch: int, size: int, seed: int) -> Inputs:
 IMAGES: dict[str, Subject] = {
     "Flux2": Subject(
         _flux2, lambda b, n: (b, n * n, 4), _flux2_inputs, scale=1000.0, blocks=4, guidance="none, or two named calls"
+    ),
+    "Qwen-Image": Subject(
+        KINDS["qwen"].build,
+        lambda b, n: (b, n * n, 4),
+        lambda b, n, s: KINDS["qwen"].inputs(b, n, s) | {"img_shapes": [[(1, n, n)]] * b},
+        scale=1000.0,
+        guidance="two named calls",
     ),
     "Sana": Subject(_sana, image, lambda b, n, s: {"encoder_hidden_states": text(b, s)}, blocks=2),
     "Lumina2": Subject(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from elision.errors import UnsupportedTarget
-from tests.conformance.settings import known_methods
+from tests.conformance.settings import ONLY_ON, known_methods
 from tests.denoise.adapters.settings import SETTINGS, STEPS, Setting, able, apply
 from tests.denoise.adapters.subjects import ClassLoop
 from tests.denoise.adapters.table import SUBJECTS
@@ -35,7 +35,7 @@ def plain(name: str) -> tuple[ClassLoop, Tensor]:
 
 def test_every_method_is_here() -> None:
     """With a setting at a level of its own, which all classes are then tested at."""
-    assert sorted({setting.method for setting in SETTINGS}) == known_methods()
+    assert sorted({*ONLY_ON, *(setting.method for setting in SETTINGS)}) == known_methods()
 
 
 @pytest.mark.parametrize(("name", "setting"), CASES)

@@ -10,7 +10,8 @@ starts anew at every computed step. Each guidance branch decides by itself, as i
 
 p is fitted per model (`elision.fit(pipe, "teacache", calls=...)`: a least-squares polynomial between the relative
 changes of m and of the prediction, both measured step to step in uncached runs), or one of the published
-`coefficients`. Without either p(x) = x, and thresholds then mean input change.
+`coefficients`. Without either p(x) = x, and thresholds then mean input change. With `order` above 0 (no paper)
+TaylorSeer's expansion of the residual over the computed steps stands in for the last residual.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from elision.denoise.policy import Claims, DenoiseMethod, Group, Host, Plan
-from elision.denoise.predictors import Residual, Reuse
+from elision.denoise.predictors import Residual, Reuse, Taylor
 from elision.denoise.schedules import Criterion, PerBranch, mean_abs
 from elision.denoise.sites import Call, Level, Site
 from elision.denoise.steps import Step
@@ -97,6 +98,7 @@ class TeaCache(DenoiseMethod):
     )
     warmup_steps: int = option(1, "steps that are always computed at the start", ge=1)
     tail_steps: int = option(1, "steps that are always computed at the end", ge=0)
+    order: int = option(0, "order of TaylorSeer's expansion of the residual that stands in; 0 reuses it", ge=0)
     degree: int = option(4, "degree of the polynomial that `fit` looks for", ge=1, le=8)
 
     def __post_init__(self) -> None:
@@ -131,7 +133,7 @@ class TeaCache(DenoiseMethod):
             lambda: PerBranch(
                 lambda: _ModulatedChange(self.threshold, self.warmup_steps, self.tail_steps, chosen, host)
             ),
-            lambda: Residual(Reuse()),
+            lambda: Residual(Taylor(self.order) if self.order else Reuse()),
         )
         return Plan([group], Claims(frozenset(sites), needs_total=self.tail_steps > 0))
 

@@ -151,7 +151,7 @@ def test_drawn_edits_never_ask_for_the_same_class() -> None:
 
 @needs_data
 def test_the_recipe_runs_and_its_weights_load(tmp_path: Path) -> None:
-    zoo.train("garments-edit", tmp_path, steps=2, batch=2)
+    zoo.train("garments-edit", tmp_path, rounds=(2, 1), batch=2)
     small = zoo.load("garments-edit", tmp_path)
     assert isinstance(small.transformer, FluxTransformer2DModel)
     drawn = edit.draw_edits(2)

@@ -175,8 +175,8 @@ class Steering:
             raise UnsupportedTarget(f"{self.holds('time')} changes the network's time, and {name} takes none")
         if self.holds("tokens") is not None and not adapter.token_axes:
             raise UnsupportedTarget(
-                f"{self.holds('tokens')} calls the denoiser with some of its tokens, which the adapter of {name} "
-                "does not know how to do"
+                f"{self.holds('tokens')} calls the denoiser with some of its tokens, which {name} cannot be: it "
+                f"{adapter.whole}"
             )
         return [tap_call(host.outer, self._on_call(host))]
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import elision
-from elision.denoise.adapters import adapter_for
+from elision.denoise.adapters import Adapter, adapter_for
 from elision.denoise.engine import DenoiseApplied
 from elision.method import create
 from elision.profile import Profile, fingerprint
@@ -72,9 +73,14 @@ SETTINGS: tuple[Setting, ...] = (
 )
 
 
+@functools.cache
+def _adapter(subject: str) -> Adapter:
+    return adapter_for(SUBJECTS[subject].make())
+
+
 def able(subject: str, setting: Setting) -> bool:
     """Whether the class has what the method needs."""
-    adapter = adapter_for(SUBJECTS[subject].make())
+    adapter = _adapter(subject)
     needs_indicator = setting.method == "teacache"
     return setting.level in adapter.levels and not (needs_indicator and adapter.modulated is None)
 

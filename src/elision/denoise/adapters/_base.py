@@ -70,13 +70,14 @@ class Adapter:
         layout: how latents and predictions differ from one tensor [B, C, ...] or [B, L, C]: 5-D ones are
             [B, F, C, ...], or they are lists with an entry for each row.
         others: parameters that hold further latents, in the order of the further predictions.
-        lacks: levels at which there is no site, and why.
+        lacks: levels at which there is no site (and "modulated", where nothing is), and why.
         refused: arguments with which the denoiser does what no cache of it can stand in for, and what that is.
         long_skips: whether late blocks read what early ones returned, so that runs must not hide it.
         modulated: the input of the first block after its own modulation (TeaCache's indicator).
         known: False for the generic adapter.
         token_axes: arguments with an axis of image tokens, and that axis: what a call with live tokens alone must cut.
             Empty where the denoiser cannot be called with some of its tokens.
+        whole: why it cannot, where it cannot.
     """
 
     model_class: str
@@ -94,12 +95,13 @@ class Adapter:
     calls: tuple[str, ...] = ()
     layout: Literal["plain", "frames first", "list"] = "plain"
     others: tuple[str, ...] = ()
-    lacks: Mapping[Level, str] = field(default_factory=dict)
+    lacks: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     long_skips: bool = False
     modulated: Modulated | None = None
     known: bool = True
     token_axes: Mapping[str, int] = field(default_factory=dict)
+    whole: str = "cuts its latent into tokens itself"
 
     @property
     def levels(self) -> tuple[Level, ...]:

@@ -116,7 +116,8 @@ class TeaCache(DenoiseMethod):
         sites = host.site("stack", self.name)
         if host.adapter.modulated is None:
             raise UnsupportedTarget(
-                f"teacache needs the modulated input of the first block, unknown for {host.adapter.model_class}"
+                f"teacache needs the modulated input of the first block, and {host.adapter.model_class} has none: "
+                f"{host.adapter.lacks.get('modulated', 'unknown')}"
             )
         chosen: Sequence[float] = (1.0, 0.0)
         if isinstance(self.coefficients, str):

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from elision.bench.judging import Judging
-from elision.bench.measure import Sample, run_method, run_plain
+from elision.bench.measure import Sample, regions_of, run_method, run_plain
 from elision.bench.peers import Peer
 from elision.bench.spec import Spec, parse, parse_many
 from elision.bench.subject import Subject, load_subject
@@ -64,7 +64,7 @@ def compare_denoise(
         batch: images per run.
         guidance: guidance scale.
         controls: whether to add `uniform`, `random_skip` and `stale` at matched cost.
-        keep_images: how many images of the first seed the result keeps for the report.
+        keep_images: how many images of the first seed the result keeps for the report; of videos half as many.
         arguments: more keyword arguments of the pipeline's call.
         progress: told how many of how many runs are done, and what runs next.
     """
@@ -99,6 +99,10 @@ def compare_denoise(
         seeds=numbers,
         arms=arms,
         notes=[*judge.notes(len(numbers) * len(subject.prompts)), *missing],
+        kind=subject.kind,
+        frames=race.frames,
+        references=subject.references,
+        masks=subject.masks,
     )
 
 
@@ -121,6 +125,7 @@ class _Race:
     judge: Judging
     plain: dict[tuple[int, int], tuple[Tensor, Sample]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    frames: int = 1
 
     def run(self, specs: Sequence[Spec], controls: bool, progress: Progress) -> list[Arm]:
         """Warm up, race all seeds, and return the arms: baseline, methods, controls, fewer steps."""
@@ -143,6 +148,8 @@ class _Race:
                     self.subject, arm.spec.method, self.total, seed, arm.spec.profile
                 )
                 arm.samples.append(sample)
+                if turn == 0:
+                    arm.regions = regions_of(report)
                 self._plain(sample.equal_steps, seed)
                 done += 2
                 if report.flops_computed is not None and report.flops_elided is not None:
@@ -199,11 +206,14 @@ class _Race:
                     picture, sample = self._plain(steps, seed)
                     images[control.label, seed] = picture
                     control.samples.append(Sample(**vars(sample)))
+        drawn_at_once = len(images["baseline", self.seeds[0]])
+        self.frames = drawn_at_once // len(self.subject.prompts) if self.subject.kind == "video" else 1
+        kept = self.keep if self.frames == 1 else max(1, self.keep // 2) * self.frames
         ordered = [baseline, *sorted(arms, key=lambda a: a.kind != "method"), *sorted(fewer.values(), key=_cost)]
         for arm in ordered:
             drawn = [images[arm.label, seed] for seed in self.seeds]
             self.judge.judge(arm, drawn, [images["baseline", seed] for seed in self.seeds])
-            arm.images = drawn[0][: self.keep].clone()
+            arm.images = drawn[0][:kept].clone()
         return ordered
 
 

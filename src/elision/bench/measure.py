@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import elision
@@ -98,6 +99,16 @@ def run_method(
         if not issubclass(other.category, ElisionWarning):
             warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
     return images, _sample(seed, steps, seconds, found), found
+
+
+def regions_of(report: DenoiseReport) -> Tensor | None:
+    """Where a method saw something to edit in its latest run: [B, h, w] bool, None where it does not say.
+
+    It says so in its run's `extra`: `mask` holds 0 and 1 for every token, image by image and row by row.
+    """
+    extra = getattr(report.last, "extra", {})
+    shown = [entry["mask"] for entry in extra.values() if "mask" in entry]
+    return torch.tensor(shown[0], dtype=torch.bool) if shown else None
 
 
 def _sample(seed: int, steps: int, seconds: float, report: DenoiseReport) -> Sample:

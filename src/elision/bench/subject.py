@@ -235,7 +235,8 @@ def _wrap(name: str, pipe: Any, prompts: Sequence[Any] | None) -> Subject:
         raise UnsupportedTarget(f"{type(pipe).__name__} is no pipeline: compare needs one that draws images")
     known = inspect.signature(pipe.__call__).parameters
     classes = "class_labels" in known and "prompt" not in known
-    return Subject(name, pipe, prompts or ([207, 360, 387, 974] if classes else PROMPTS))
+    kind: Kind = "image" if _is_image_pipeline(pipe) else "video"
+    return Subject(name, pipe, prompts or ([207, 360, 387, 974] if classes else PROMPTS), kind=kind)
 
 
 def _from_pretrained(where: str) -> Any:

@@ -103,7 +103,8 @@ class SiteRuntime:
         self._done = -1
         self._decision = _NO_HISTORY
         self._call: Call | None = None
-        self._names = {path: parameter_names(self.host.module(path)) for path in sorted(site.modules)}
+        self._modules = {path: self.host.module(path) for path in sorted(site.modules)}
+        self._names = {path: parameter_names(module) for path, module in self._modules.items()}
 
     def restart(self) -> None:
         """Forget the predictors of the last run."""
@@ -190,7 +191,7 @@ class SiteRuntime:
         names, adapter = self._names[path], host.host.adapter
         inputs: dict[str, Tensor] = {}
         entry = host.entries.get(self.site.entry)
-        if self.site.level == "model":
+        if self.site.level in ("guided", "model"):
             x = adapter.show(argument(names, args, kwargs, adapter.latent))
             inputs = {name: adapter.show(argument(names, args, kwargs, name)) for name in adapter.others}
         elif self.site.blocks:
@@ -201,7 +202,8 @@ class SiteRuntime:
                 x = split_tokens(x, entry.shape[1], spec.joined)[0]
         else:
             x = first_tensor(args, kwargs)
-        self._call = Call(x, names, args, kwargs, host.module(path), entry, inputs)
+        sigmas = host.session.clock.sigmas if self.site.level == "guided" else ()
+        self._call = Call(x, names, args, kwargs, self._modules[path], entry, inputs, sigmas)
         decision = self.group.decide(self.site, self._call)
         host.renewed |= self.group.schedule.listens  # a criterion may keep something at every step
         if decision.stand_in and not self._ready():
@@ -211,8 +213,13 @@ class SiteRuntime:
         host.seconds.deciding += perf_counter() - started
         return decision
 
+    @property
+    def _branch(self) -> str:
+        """The guidance branch that the value belongs to."""
+        return self.host.step.branch
+
     def _ready(self) -> bool:
-        branch, step = self.host.step.branch, self.host.step
+        branch, step = self._branch, self.host.step
         mine = [p for (name, _), p in self.predictors.items() if name == branch]
         return bool(mine) and all(p.ready(step) for p in mine)
 
@@ -264,7 +271,7 @@ class SiteRuntime:
         if computed:
             self.group.observe(self.site, values.values())
         for stream, value in values.items():
-            key = (step.branch, stream)
+            key = (self._branch, stream)
             predictor = self.predictors.get(key)
             if predictor is None:
                 predictor = self.predictors[key] = self.group.predictor()

@@ -13,7 +13,8 @@ def conflict(a: Claims, b: Claims) -> str | None:
     """Why two methods cannot act together, None if they can.
 
     They cannot when both replace the same value; when one replaces a value outside the other, which then misses steps,
-    unless the inner one tolerates gaps; or when both hold the same control of the sampler.
+    unless the inner one tolerates gaps; when both hold the same control of the sampler; or when one has the denoiser
+    called with some of its tokens and the other keeps something inside it, where it would find another number of them.
     """
     same = a.decides & b.decides
     if same:
@@ -24,6 +25,10 @@ def conflict(a: Claims, b: Claims) -> str | None:
             return f"one skips {_some(hidden)} at some steps, and the other must see every step"
         if hidden and not inner.tolerates_gaps:
             return f"one skips {_some(hidden)} at some steps, and the other does not tolerate gaps"
+    for one, other in ((a, b), (b, a)):
+        inside = {site.key for site in other.decides if site.level not in ("guided", "model")}
+        if "tokens" in one.controls and inside:
+            return f"one has the denoiser called with some of its tokens, and the other keeps {_some(inside)} of all"
     held = a.controls & b.controls
     if held:
         return f"both hold {', '.join(sorted(held))}"

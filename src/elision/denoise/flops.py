@@ -6,7 +6,8 @@ import copy
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,50 +20,68 @@ _NO_HOOK = object()
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+class Around(Protocol):
+    """What must be around a call on the meta device for it to be the one that ran; equal ones are one."""
+
+    def on(self, skeleton: nn.Module) -> AbstractContextManager[None]:
+        """Enter for the call of this copy of the denoiser."""
+
+
 class FlopBook:
     """Which shapes a denoiser was called with how often, and how often each site stood in; FLOPs on demand.
 
-    The denoiser is held weakly: once it is gone, FLOPs are unknown.
+    Calls with some of the tokens are counted twice: `calls` and `cut` have the shapes of the full call that they stand
+    for, `ran` those of what really ran. The denoiser is held weakly: once it is gone, FLOPs are unknown.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
         self._numbers: dict[str, int] = {}
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._around: list[Around | None] = []
         self._counts: dict[int, dict[str, int] | None] = {}
         self.calls: Counter[int] = Counter()
+        self.cut: Counter[int] = Counter()
+        self.ran: Counter[int] = Counter()
         self.stood_in: Counter[tuple[int, Site]] = Counter()
 
-    def sign(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    def sign(self, args: tuple[Any, ...], kwargs: dict[str, Any], around: Around | None = None) -> int:
         """The number under which calls of these shapes are counted."""
-        key = repr([(leaf.shape, leaf.dtype) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
+        shapes = [(leaf.shape, leaf.dtype) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        key = repr((shapes, around))
         if key not in self._numbers:
             self._numbers[key] = len(self._arguments)
             self._arguments.append(to_meta((args, kwargs)))
+            self._around.append(around)
         return self._numbers[key]
 
     def clear(self) -> None:
         """Forget how often; shapes stay known."""
-        self.calls.clear()
-        self.stood_in.clear()
+        for counter in (self.calls, self.cut, self.ran, self.stood_in):
+            counter.clear()
 
     def totals(self) -> tuple[int, int] | None:
         """FLOPs computed and elided, None where the denoiser cannot run on the meta device."""
-        model, todo = self._model(), [n for n in self.calls if n not in self._counts]
+        numbers = [*self.calls, *self.ran]
+        model, todo = self._model(), [n for n in numbers if n not in self._counts]
         if todo:
             skeleton = None if model is None else meta_skeleton(model)
             for number in todo:
-                self._counts[number] = None if skeleton is None else count(skeleton, *self._arguments[number])
-        whole = elided = 0
-        for number, times in self.calls.items():
-            counts = self._counts[number]
-            if counts is None:
-                return None
-            whole += counts[""] * times
-            elided += sum(
-                n * of_modules(counts, site.modules) for (which, site), n in self.stood_in.items() if which == number
-            )
+                self._counts[number] = None if skeleton is None else self._count(skeleton, number)
+        counts = {n: known for n in numbers if (known := self._counts[n]) is not None}
+        if len(counts) < len(set(numbers)):
+            return None
+        whole = sum(counts[n][""] * times for n, times in self.calls.items())
+        elided = sum(counts[n][""] * times for n, times in self.cut.items())
+        elided -= sum(counts[n][""] * times for n, times in self.ran.items())
+        for (number, site), times in self.stood_in.items():
+            elided += times * of_modules(counts[number], site.modules)
         return whole - elided, elided
+
+    def _count(self, skeleton: nn.Module, number: int) -> dict[str, int] | None:
+        around, (args, kwargs) = self._around[number], self._arguments[number]
+        with nullcontext() if around is None else around.on(skeleton):
+            return count(skeleton, args, kwargs)
 
 
 def to_meta(tree: Any) -> Any:

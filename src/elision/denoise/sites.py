@@ -1,22 +1,23 @@
 """Sites: the places in a denoiser whose value can be kept, and what a call at one of them looks like.
 
-Levels, from the outside in: `model` (latent to prediction), `head` (the output projection, with hollow blocks), `stack`
-(tokens after the embedding to tokens before the head), `run` (consecutive blocks), `branch` (attention or MLP output
-before its gate). A stand-in of a stack or run goes in at its last block: what other code adds between the blocks
-(ControlNet residuals) is then counted once.
+Levels, from the outside in: `guided` (what guidance made of the predictions of a step, seen at `scheduler.step`),
+`model` (latent to prediction), `head` (the output projection, with hollow blocks), `stack` (tokens after the embedding
+to tokens before the head), `run` (consecutive blocks), `branch` (attention or MLP output before its gate), `kv` (keys
+and values of one attention). A stand-in of a stack or run goes in at its last block: what other code adds between the
+blocks (ControlNet residuals) is then counted once.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-Level = Literal["model", "head", "stack", "run", "branch"]
+Level = Literal["guided", "model", "head", "stack", "run", "branch", "kv"]
 Kind = Literal["self", "cross", "joint", "mlp", "fused"]
 Joined = Literal["text first", "image first"]
 
@@ -57,13 +58,13 @@ class Site:
 
     @property
     def returned(self) -> bool:
-        """Whether the value itself, or a view of it, is what the denoiser returns to its caller."""
-        return self.level in ("model", "head")
+        """Whether the value itself, or a view of it, is in the hands of the sampling loop."""
+        return self.level in ("guided", "model", "head")
 
     def contains(self, other: Site) -> bool:
         """Whether a stand-in here means that `other` is never reached."""
-        if self.level == "model":
-            return True
+        if self.level in ("guided", "model"):
+            return other.level != "guided"
         return all(any(m == mine or m.startswith(mine + ".") for mine in self.modules) for m in other.modules)
 
 
@@ -72,14 +73,15 @@ class Call:
     """One call at a site.
 
     Attributes:
-        x: the tensor that goes in: the latent at `model`, the image tokens at `stack` and `run`, the first tensor
-            argument elsewhere.
+        x: the tensor that goes in: the latent at `model`, the scheduler's sample at `guided` (the denoiser's latent
+            while it is decided), the image tokens at `stack` and `run`, the first tensor argument elsewhere.
         names: parameter names of the module's forward, in order.
         args: positional and
-        kwargs: keyword arguments of the call.
+        kwargs: keyword arguments of the call; at `guided` those of the denoiser's call.
         entry: the image tokens that entered the block `site.entry` in this call, where the site asks for them.
         inputs: at `stack` and `run` the incoming value of every stream, at `model` of every further latent.
         module: the module that was called.
+        sigmas: at `guided` the noise levels of the full grid, one more than there are steps.
     """
 
     x: Tensor
@@ -89,6 +91,7 @@ class Call:
     module: nn.Module
     entry: Tensor | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    sigmas: Sequence[float] = ()
 
     def stream(self, x: Tensor) -> str:
         """The name of the stream that `x` is the incoming value of, empty if it is none of several."""

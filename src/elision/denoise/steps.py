@@ -6,6 +6,7 @@ Sources, in order: the scheduler's own `set_timesteps` and `step` (tapped by the
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -68,6 +69,11 @@ class Context:
     num_inference_steps: int | None = None
     timestep: float | None = None
     sigma: float | None = None
+
+
+def step_names(scheduler: Any) -> tuple[str, ...]:
+    """Parameter names of the scheduler class's own `step`."""
+    return tuple(inspect.signature(type(scheduler).step).parameters)[1:]
 
 
 def _number(value: Any) -> float | None:

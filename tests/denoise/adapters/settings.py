@@ -67,6 +67,12 @@ SETTINGS: tuple[Setting, ...] = (
         {"blocks": (1,), "warmup_steps": 1, "schedule": "uniform", "interval": 1},
         {"blocks": (1,), "warmup_steps": 1, "schedule": "uniform", "interval": 2},
     ),
+    Setting(
+        "regione",
+        "kv",
+        {"delta": 0, "warmup_steps": STEPS},
+        {"gammas": (1.0,) * (STEPS - 1), "delta": 0.25, "eta": 0.7, "warmup_steps": 2, "post_steps": 1, "forced": ()},
+    ),
     Setting("bac", "branch", {"num_caches": STEPS}, {"num_caches": 2, "union_blocks": 1}),
     Setting("taylorseer", "branch", {"interval": 1}, {"interval": 3, "first_enhance": 2}),
     Setting("uniform", "branch", {"interval": 1}, {"interval": 2}),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from elision.denoise.methods.teacache import PRESETS
 from elision.errors import UnsupportedTarget
 from tests.conformance.settings import known_methods
 from tests.denoise.adapters.settings import SETTINGS, STEPS, Setting, able, apply
@@ -23,6 +25,7 @@ CASES = [
     pytest.param(name, setting, id=f"{name}-{setting.method}-{setting.level}")
     for name in SUBJECTS
     for setting in SETTINGS
+    if not (setting.method == "regione" and able(name, setting) and not SUBJECTS[name].edits)  # it is for edits
 ]
 
 
@@ -57,3 +60,16 @@ def test_method(name: str, setting: Setting) -> None:
         assert report.calls == (2 * STEPS if mode == "sequential" else STEPS)
     left = changed(before, snapshot(loop.model, loop.scheduler))
     assert [key for key in left if not key.endswith("_step_index")] == []
+
+
+@pytest.mark.parametrize(
+    ("preset", "name"),
+    [("flux", "Flux"), ("hunyuan-video", "HunyuanVideo"), ("ltx", "LTX"), ("lumina2", "Lumina2"), ("mochi", "Mochi")],
+)
+def test_published_polynomials(preset: str, name: str) -> None:
+    """They can be named on the classes that they were made for."""
+    loop, _ = plain(name)
+    with apply(loop, "teacache", {"coefficients": preset, "threshold": 1e9}) as run:
+        loop(steps=STEPS)
+    assert run.report().strip() == "C" + "r" * (STEPS - 2) + "C"
+    assert 0.04 < np.poly1d(PRESETS[preset])(0.05) < 0.2  # near the change of the input, where that is small

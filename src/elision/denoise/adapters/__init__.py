@@ -23,6 +23,7 @@ from elision.denoise.adapters.lumina2 import LUMINA2
 from elision.denoise.adapters.mochi import MOCHI
 from elision.denoise.adapters.pixart import PIXART
 from elision.denoise.adapters.policy import POLICY
+from elision.denoise.adapters.qwenimage import QWEN_IMAGE
 from elision.denoise.adapters.sana import SANA
 from elision.denoise.adapters.sd3 import SD3
 from elision.denoise.adapters.skyreels_v2 import SKYREELS_V2
@@ -49,6 +50,7 @@ _ALL = (
     MOCHI,
     PIXART,
     POLICY,
+    QWEN_IMAGE,
     SANA,
     SD3,
     SKYREELS_V2,

@@ -13,6 +13,7 @@ from elision.denoise.sites import Call, Joined, Kind, Level, Site, parameter_nam
 from elision.errors import UnsupportedTarget
 
 Modulated = Callable[[nn.Module, Call], Tensor]
+Grids = Callable[[Call], list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,12 @@ class Adapter:
         token_axes: arguments with an axis of image tokens, and that axis: what a call with live tokens alone must cut.
             Empty where the denoiser cannot be called with some of its tokens.
         whole: why it cannot, where it cannot.
+        token_tables: modules that make a row for every image token whatever they are called with (tables of positions):
+            which of their outputs that is, and the axis of the rows.
+        token_inputs: arguments of the blocks that the denoiser makes for every image token, and the axis.
+        unbatched: arguments whose first axis is not the batch.
+        grids: height and width, in tokens, of every image among the image tokens of a call: of the one that is drawn,
+            then of the references.
     """
 
     model_class: str
@@ -102,12 +109,17 @@ class Adapter:
     known: bool = True
     token_axes: Mapping[str, int] = field(default_factory=dict)
     whole: str = "cuts its latent into tokens itself"
+    token_tables: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    token_inputs: Mapping[str, int] = field(default_factory=dict)
+    unbatched: tuple[str, ...] = ()
+    grids: Grids | None = None
 
     @property
     def levels(self) -> tuple[Level, ...]:
         """The levels at which this class has sites."""
         inside: tuple[Level, ...] = ("head", "stack", "run", "branch") if self.lists else ()
-        return ("model", *(level for level in inside if level not in self.lacks))
+        kv: tuple[Level, ...] = ("kv",) if self.token_axes else ()
+        return ("guided", "model", *(level for level in inside if level not in self.lacks), *kv)
 
     def show(self, value: Any) -> Any:
         """A latent or a prediction as methods see it: one tensor with its channels at the second or the last axis."""
@@ -157,9 +169,9 @@ class Adapter:
         )
 
     def sites(self, model: nn.Module, level: Level, method: str) -> list[Site]:
-        """The sites of one level: one each for model, head and stack, one per branch of every block."""
-        if level == "model":
-            return [Site("model", "model", "")]
+        """The sites of one level: one each for guided, model, head and stack, one per branch and kv of every block."""
+        if level in ("guided", "model"):
+            return [Site(level, level, "")]
         if not self.lists:
             raise UnsupportedTarget(
                 f"{method} works at the site {level!r}, and {self.model_class} has no adapter that says where that is: "
@@ -174,6 +186,8 @@ class Adapter:
             return [Site("head", "head", self._head(model), blocks=tuple(paths))]
         if level == "stack":
             return [self.run(model, 0, len(paths), key="stack", level="stack", only=self.kept or (self.image,))]
+        if level == "kv":
+            return self._kv(model, method)
         if level == "branch":
             return [site for path in self.branch_paths(model) for site in self._branches(model, path)]
         raise UnsupportedTarget(f"sites of level {level!r} are named by their blocks: use run(first, stop)")
@@ -213,6 +227,28 @@ class Adapter:
             )
         return self.head[:-1] + children[0]
 
+    def attention(self, model: nn.Module) -> dict[str, list[str]]:
+        """Per block the modules in which its image tokens attend to each other (of a fused branch all its modules)."""
+        found: dict[str, list[str]] = {}
+        for path in self.block_paths(model):
+            block, modules = model.get_submodule(path), list[str]()
+            for branch in self.spec(model, path).branches:
+                if branch.kind in ("self", "joint", "fused") and getattr(block, branch.tail, None) is not None:
+                    modules += [f"{path}.{name}" for name in (branch.tail, *branch.feeders)]
+            found[path] = modules
+        return found
+
+    def _kv(self, model: nn.Module, method: str) -> list[Site]:
+        if not self.token_axes:
+            able = sorted(name for name, adapter in _adapters().items() if adapter.token_axes)
+            raise UnsupportedTarget(
+                f"{method} calls the denoiser with some of its tokens, which {self.model_class} cannot be: it "
+                f"{self.whole}; known: {', '.join(able)}"
+            )
+        return [
+            Site(f"{path}.kv", "kv", modules[0], tuple(modules[1:])) for path, modules in self.attention(model).items()
+        ]
+
     def _branches(self, model: nn.Module, path: str) -> list[Site]:
         block = model.get_submodule(path)
         return [
@@ -238,7 +274,11 @@ def generic(model: nn.Module) -> Adapter:
     return Adapter(type(model).__name__, latent=names[0], timestep=timestep, known=False)
 
 
-def _known() -> list[str]:
+def _adapters() -> Mapping[str, Adapter]:
     from elision.denoise.adapters import ADAPTERS  # this module is imported by that one
 
-    return sorted(ADAPTERS)
+    return ADAPTERS
+
+
+def _known() -> list[str]:
+    return sorted(_adapters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from elision.denoise.adapters._base import Adapter, BlockSpec, BranchSpec
+from elision.denoise.adapters._grids import by_positions
 from elision.denoise.adapters._modulated import by_norm
 
 _STREAMS = ("encoder_hidden_states", "hidden_states")
@@ -26,5 +27,7 @@ FLUX = Adapter(
     },
     head="proj_out",
     modulated=by_norm,
-    token_axes={"hidden_states": 1, "img_ids": 0},
+    token_axes={"hidden_states": 1, "img_ids": -2},
+    unbatched=("img_ids", "txt_ids"),
+    grids=by_positions,
 )

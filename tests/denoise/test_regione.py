@@ -537,7 +537,10 @@ def test_a_velocity_that_is_not_finite_is_not_reused() -> None:
     report = run.report()
     assert torch.isfinite(out).all()
     assert any(f"step {at + 1}: what was kept is not finite" in note for note in report.notes)
-    assert report.strip() == "CCmpmmpC"
+    assert report.strip() == "CCmpmmmC"
+    found = [None, None, 0.9, 0.8, 0.7]
+    assert [factor(found, 4, "product", n) for n in (-1, 1, 2, 3)] == pytest.approx([0.504, 0.504, 0.56, 0.7])
+    assert [factor(found, 4, "last", n) for n in (-1, 3)] == [0.7, 0.7]
 
 
 def test_options_are_data() -> None:

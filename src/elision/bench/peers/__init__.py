@@ -11,10 +11,10 @@ import importlib
 from collections.abc import Mapping
 
 from elision.bench.peers._base import Peer, Stage
-from elision.bench.peers._run import run_peer
+from elision.bench.peers._run import as_found, run_peer
 from elision.errors import UnknownName
 
-__all__ = ["LIBRARIES", "Peer", "Stage", "find", "peers", "run_peer"]
+__all__ = ["LIBRARIES", "Peer", "Stage", "as_found", "find", "peers", "run_peer"]
 
 LIBRARIES = ("diffusers", "cache_dit")
 

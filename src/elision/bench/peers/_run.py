@@ -56,7 +56,7 @@ def run_peer(subject: Subject, peer: Peer, steps: int, seed: int) -> tuple[Tenso
     )
     bytes_of = facts.memory.setdefault("bytes", {})
     watch.before = stage.before_call
-    with _as_found(subject.pipe, watch.denoisers):
+    with as_found(subject.pipe, watch.denoisers):
         with _foreign(peer, subject):
             peer.prepare(stage)
         watch.start()
@@ -114,7 +114,7 @@ def _foreign(peer: Peer, subject: Subject) -> Iterator[None]:
 
 
 @contextmanager
-def _as_found(pipe: Any, denoisers: Sequence[nn.Module]) -> Iterator[None]:
+def as_found(pipe: Any, denoisers: Sequence[nn.Module]) -> Iterator[None]:
     """Put every instance attribute of the pipeline and of the denoisers' modules back at the end, in its order.
 
     Libraries leave hook registries, replaced forwards and markers behind. cache-dit also exchanges lists of blocks

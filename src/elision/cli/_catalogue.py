@@ -135,6 +135,10 @@ def _denoise_calls(
     from elision.bench.subject import load_subject
 
     subject = load_subject(model, prompts=prompt)
+    if subject.kind == "policy":
+        policy = subject.pipe
+        rows = [policy.observations(number) for number in range(calls)]
+        return subject.name, policy.pipe, [lambda pipe, r=r: policy.answer(steps or subject.steps, r) for r in rows]
 
     def call(seed: int) -> Any:
         def run(pipe: Any) -> Any:

@@ -218,6 +218,7 @@ def _run(head: Any, rows: list[Any]) -> str:
     summary = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items(), key=lambda item: -item[1]))
     setting = head["setting"]
     prompts = f", {setting['prompts']} prompts per task" if setting.get("prompts") else ""
+    prompts += f", {setting['episodes']} episodes per task" if setting.get("episodes") else ""
     seeds = f", seeds {setting['seeds']}" if setting.get("seeds") else ""
     names = ", ".join(setting.get("names", []))
     return (

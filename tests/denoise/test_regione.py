@@ -478,7 +478,9 @@ def test_what_is_left_to_say_is_asked_for() -> None:
         run_on(loop, warmup_steps=2)
     with pytest.raises(UnsupportedTarget, match="bare denoiser"):
         elision.apply(loop.model, "regione", delta=0, steps=8)
-    with pytest.raises(UnsupportedTarget, match="SD3Transformer2DModel does not know how to do; known: Flux"):
+    with pytest.raises(
+        UnsupportedTarget, match="SD3Transformer2DModel cannot be: it cuts its latent into tokens itself; known: Flux"
+    ):
         applied(Loop("sd3"), delta=0)
 
 

@@ -76,7 +76,7 @@ class FlopBook:
             for number in missing:
                 known[self._keys[number]] = None if skeleton is None else self._count(skeleton, number)
             self._counts.update({n: known[self._keys[n]] for n in todo})
-        counts = {n: known for n in numbers if (known := self._counts[n]) is not None}
+        counts = {n: mine for n in numbers if (mine := self._counts[n]) is not None}
         if len(counts) < len(set(numbers)):
             return None
         whole = sum(counts[n][""] * times for n, times in self.calls.items())

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import Tensor, nn
+from torch.nn import functional
 
 Run = Callable[[], dict[str, Any]]
 Plan = Mapping[str, set[int]]  # steps at which each module is computed, by its path; all others are always computed
@@ -88,6 +89,42 @@ class Bench:
         return {"out": out, "seconds": time.perf_counter() - started}
 
 
+class EditBench(Bench):
+    """The same with the tokens of a picture that is edited behind those that are drawn, as FLUX.1 Kontext has them.
+
+    Attributes:
+        reference: those tokens [1, L, 64]. All but its first quarter is what the first `warmup` steps promise, so that
+            a method which compares the two takes that quarter for edited.
+    """
+
+    def __init__(self, model: nn.Module, steps: int, warmup: int) -> None:
+        super().__init__(model)
+        places = self.given["img_ids"]
+        self.given["img_ids"] = torch.cat([places, places + torch.tensor([1.0, 0.0, 0.0])])
+        self.reference = torch.zeros(1, self.tokens, 64)
+        self.reference = self._promised(steps, warmup)
+        self.reference[:, : self.tokens // 4] *= -1
+
+    def call(self, x: Tensor, t: Tensor) -> Tensor:
+        """One call of the denoiser on both."""
+        return super().call(torch.cat([x, self.reference], 1), t)[:, : self.tokens]
+
+    def _promised(self, steps: int, warmup: int) -> Tensor:
+        """What the velocity of step `warmup - 1` leads to."""
+        seen: list[Tensor] = []
+        call = self.call
+
+        def look(x: Tensor, t: Tensor) -> Tensor:
+            v = call(x, t)
+            seen.append(x - t / 1000 * v)
+            return v
+
+        self.call = look  # type: ignore[method-assign]
+        self(steps)
+        del self.call
+        return seen[warmup - 1]
+
+
 class _Ready(nn.Module):
     """Runs a module, or returns what it returned last; one that only feeds another returns a tensor of no width."""
 
@@ -152,3 +189,60 @@ def ideal_calls(pipe: Bench, steps: int, full: Sequence[int]) -> Run:
             pipe.skip = set()
 
     return run
+
+
+def ideal_tokens(pipe: EditBench, steps: int, states: str, live: Tensor) -> Run:
+    """The loop in which a step computes all tokens (C), the `live` ones alone (m), or nothing (any other letter).
+
+    Queries of live tokens see keys and values of all tokens, which lie ready.
+    """
+    held: list[tuple[Tensor, Tensor]] = []
+    sdpa = functional.scaled_dot_product_attention
+
+    def keeping(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        held.append((key.clone(), value.clone()))
+        return sdpa(query, key, value, *args, **kwargs)
+
+    def ready(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return sdpa(query, *next(turn), *args, **kwargs)
+
+    turn = iter(held)
+    full, places = pipe.call, pipe.given["img_ids"]
+    with _attention(keeping), torch.no_grad():
+        full(torch.zeros(1, pipe.tokens, 64), torch.tensor(500.0))
+
+    def call(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal turn
+        if states[at[0]] == "C":
+            return full(x, t)
+        turn = iter(held)
+        pipe.given["img_ids"] = places[live]
+        try:
+            with _attention(ready):
+                return x.index_copy(1, live, Bench.call(pipe, x[:, live], t))
+        finally:
+            pipe.given["img_ids"] = places
+
+    at = [0]
+
+    def run() -> dict[str, Any]:
+        pipe.skip = {n for n, letter in enumerate(states) if letter not in "Cm"}
+        pipe.each, pipe.call = lambda n: at.__setitem__(0, n), call  # type: ignore[method-assign]
+        try:
+            return pipe.timed(steps)
+        finally:
+            pipe.skip, pipe.each = set(), lambda n: None
+            del pipe.call
+
+    return run
+
+
+@contextlib.contextmanager
+def _attention(function: Callable[..., Tensor]) -> Iterator[None]:
+    """Let torch's attention be this function."""
+    before = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = function
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = before

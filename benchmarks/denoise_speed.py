@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 import elision
-from denoise_ideals import Bench, Run, build, ideal_calls, ideal_modules
+from denoise_ideals import Bench, EditBench, Run, build, ideal_calls, ideal_modules, ideal_tokens
 from elision.bench.environment import processor
 from elision.bench.peers import Peer, Stage, as_found
 from elision.bench.peers._watch import Watch
@@ -45,6 +45,7 @@ from elision.denoise.methods.easycache import EasyCache
 from elision.denoise.methods.ertacache import ERTACache
 from elision.denoise.methods.first_block import FirstBlock as OurFirstBlock
 from elision.denoise.methods.profilingdit import ProfilingDiT
+from elision.denoise.methods.regione import RegionE
 from elision.denoise.methods.taylorseer import TaylorSeer
 from elision.denoise.methods.uniform import Uniform
 from elision.denoise.methods.worldcache import WorldCache
@@ -64,15 +65,17 @@ class Row:
 
     Attributes:
         run: gives the sample, its seconds, and what else is known.
-        level: what is left out: "call", "run", "branch"; empty for rows that are no method.
+        level: what is left out: "call", "run", "branch", "token"; empty for rows that are no method.
         ideal: name of the row that it is held against, and
         peer: of the same schedule elsewhere.
+        base: name of the uncached row.
     """
 
     run: Run
     level: str = ""
     ideal: str = ""
     peer: str = ""
+    base: str = BASE
 
 
 def ours(pipe: Bench, steps: int, method: Method, profile: Profile | None = None) -> Run:
@@ -89,6 +92,8 @@ def ours(pipe: Bench, steps: int, method: Method, profile: Profile | None = None
         return out | {
             "bytes": report.bytes_peak,
             "states": report.strip(),
+            "own_flops": report.flops_computed,
+            **{key: value for shown in report.last.extra.values() for key, value in shown.items() if key == "mask"},
             "deciding_share": s.deciding / s.total,
             "standing_in_share": s.standing_in / s.total,
         }
@@ -249,6 +254,27 @@ def call_rows(pipe: Bench, steps: int, layout: Layout) -> dict[str, Row]:
     }
 
 
+def token_rows(pipe: Bench, steps: int, layout: Layout) -> dict[str, Row]:
+    """RegionE on the layout of FLUX.1 Kontext: every region step computed, and with velocities that decay."""
+    del layout
+    warmup, base = min(6, steps // 4), "uncached, editing"
+    edit = EditBench(pipe.transformer, steps, warmup)
+    _counted(edit, lambda: edit.timed(2))
+    common: dict[str, Any] = {"eta": 0.0, "warmup_steps": warmup, "forced": (steps // 2 + 2,)}
+    rows: dict[str, Row] = {base: Row(lambda: edit.timed(steps), base=base)}
+    for name, method in {
+        "regione, no decay": RegionE(delta=0, **common),
+        "regione": RegionE(gammas=(1.0,) * (steps - 1), delta=0.25, **common),
+    }.items():
+        found = ours(edit, steps, method)()
+        live = torch.tensor(found["mask"]).flatten().nonzero().flatten()
+        rows |= {
+            name: Row(ours(edit, steps, method), "token", f"ideal for {name}", base=base),
+            f"ideal for {name}": Row(ideal_tokens(edit, steps, found["states"], live), base=base),
+        }
+    return rows
+
+
 def measure(pipe: Bench, rows: dict[str, Row], rounds: int) -> list[dict[str, Any]]:
     """All rows, interleaved; medians of the paired ratios."""
     seconds: dict[str, list[float]] = {name: [] for name in rows}
@@ -281,9 +307,14 @@ def _counted(pipe: Bench, run: Run) -> dict[str, Any]:
 
 
 def _entry(name: str, row: Row, seconds: dict[str, list[float]], facts: dict[str, Any]) -> dict[str, Any]:
-    whole, mine = facts[BASE], dict(facts[name])
-    out, _ = mine.pop("out"), mine.pop("seconds")
-    ratios = [b / s for b, s in zip(seconds[BASE], seconds[name], strict=True)]
+    whole, mine = facts[row.base], dict(facts[name])
+    out, _, mask = mine.pop("out"), mine.pop("seconds"), mine.pop("mask", None)
+    if mask is not None:
+        mine["tokens_edited"] = int(torch.tensor(mask).sum())
+    flops, own = mine.pop("flops"), mine.pop("own_flops", None)
+    if row.base != BASE and name != row.base:  # the taps count rows, and cannot tell how many tokens there are
+        flops = own
+    ratios = [b / s for b, s in zip(seconds[row.base], seconds[name], strict=True)]
     entry = {
         "row": name,
         "level": row.level,
@@ -292,7 +323,7 @@ def _entry(name: str, row: Row, seconds: dict[str, list[float]], facts: dict[str
         "speedup_low": min(ratios),
         "speedup_high": max(ratios),
         "relative_error": float((out - whole["out"]).norm() / whole["out"].norm()),
-        "flops_share": mine.pop("flops") / whole["flops"],
+        "flops_share": None if flops is None else flops / whole["flops"],
         **mine,
     }
     for key, other in (("ideal", row.ideal), ("peer", row.peer)):
@@ -326,10 +357,10 @@ def table(pipe: Bench, steps: int, only: str) -> dict[str, Row]:
     """Every row whose name contains `only`, with what it is held against, and the uncached one."""
     layout = Layout(pipe)
     rows = {BASE: Row(lambda: pipe.timed(steps))}
-    for make in (taylor_rows, bac_rows, run_rows, call_rows):
+    for make in (taylor_rows, bac_rows, run_rows, call_rows, token_rows):
         rows |= make(pipe, steps, layout)
     wanted = {name for name in rows if only in name or name == BASE}
-    wanted |= {other for name in wanted for other in (rows[name].ideal, rows[name].peer)}
+    wanted |= {other for name in wanted for other in (rows[name].ideal, rows[name].peer, rows[name].base)}
     return {name: row for name, row in rows.items() if name in wanted}
 
 

@@ -75,7 +75,7 @@ def _held_against(row: Mapping[str, Any], held: bool) -> tuple[str, ...]:
         return ()
     ideal = f"{row['of_ideal']:.1%}" if "of_ideal" in row else "–"
     peer = f"{row['of_peer']:.2f}× {row['peer']}" if "of_peer" in row else "–"
-    return f"{row['flops_share']:.1%}", ideal, peer
+    return "–" if row["flops_share"] is None else f"{row['flops_share']:.1%}", ideal, peer
 
 
 ASKED = {"call": 0.95, "run": 0.95, "branch": 0.90, "token": 0.90}  # share of the ideal speed-up
@@ -218,6 +218,7 @@ def _run(head: Any, rows: list[Any]) -> str:
     summary = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items(), key=lambda item: -item[1]))
     setting = head["setting"]
     prompts = f", {setting['prompts']} prompts per task" if setting.get("prompts") else ""
+    prompts += f", {setting['episodes']} episodes per task" if setting.get("episodes") else ""
     seeds = f", seeds {setting['seeds']}" if setting.get("seeds") else ""
     names = ", ".join(setting.get("names", []))
     return (

@@ -478,7 +478,9 @@ def test_what_is_left_to_say_is_asked_for() -> None:
         run_on(loop, warmup_steps=2)
     with pytest.raises(UnsupportedTarget, match="bare denoiser"):
         elision.apply(loop.model, "regione", delta=0, steps=8)
-    with pytest.raises(UnsupportedTarget, match="SD3Transformer2DModel does not know how to do; known: Flux"):
+    with pytest.raises(
+        UnsupportedTarget, match="SD3Transformer2DModel cannot be: it cuts its latent into tokens itself; known: Flux"
+    ):
         applied(Loop("sd3"), delta=0)
 
 
@@ -523,6 +525,24 @@ def test_the_image_sees_what_guidance_made_of_parked_tokens() -> None:
     assert torch.isfinite(out).all()
     assert "not finite" not in str(run.report())
     assert set(run.report().strip()) == {"C", "m", "p"}
+
+
+def test_a_velocity_that_is_not_finite_is_not_reused() -> None:
+    """The step after the broken one is computed, with the edited tokens only, and named."""
+    loop, at = Loop("kontext"), 4
+    step = loop.scheduler.step
+    loop.scheduler.step = lambda v, *args, **kwargs: step(torch.nan_to_num(v), *args, **kwargs)
+    spoil = lambda m, a, out: out.fill_(torch.nan) if loop.called == at + 1 else None  # noqa: E731
+    loop.model.proj_out.register_forward_hook(spoil)  # type: ignore[union-attr, operator]
+    with applied(loop, gammas=GAMMAS, delta=0.15, eta=2, warmup_steps=2, post_steps=1, forced=()) as run:
+        out = loop(steps=STEPS)
+    report = run.report()
+    assert torch.isfinite(out).all()
+    assert any(f"step {at + 1}: what was kept is not finite" in note for note in report.notes)
+    assert report.strip() == "CCmpmmmC"
+    found = [None, None, 0.9, 0.8, 0.7]
+    assert [factor(found, 4, "product", n) for n in (-1, 1, 2, 3)] == pytest.approx([0.504, 0.504, 0.56, 0.7])
+    assert [factor(found, 4, "last", n) for n in (-1, 3)] == [0.7, 0.7]
 
 
 def test_options_are_data() -> None:

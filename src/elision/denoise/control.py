@@ -223,8 +223,7 @@ class Steering:
         if holder is not None:
             if not adapter.token_axes:
                 raise UnsupportedTarget(
-                    f"{holder} calls the denoiser with some of its tokens, which the adapter of {name} does not know "
-                    "how to do"
+                    f"{holder} calls the denoiser with some of its tokens, which {name} cannot be: it {adapter.whole}"
                 )
             live = LiveCalls(host, holder)
             self._lives.append(live)

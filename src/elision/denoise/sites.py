@@ -65,7 +65,22 @@ class Site:
         """Whether a stand-in here means that `other` is never reached."""
         if self.level in ("guided", "model"):
             return other.level != "guided"
-        return all(any(m == mine or m.startswith(mine + ".") for mine in self.modules) for m in other.modules)
+        return all(self._reaches(module) for module in other.modules)
+
+    def overlaps(self, other: Site) -> bool:
+        """Whether a stand-in here leaves out a part of `other`, but not all of it."""
+        if self.level in ("guided", "model") or other.level in ("guided", "model"):
+            return False
+        return any(self._reaches(module) for module in other.modules) and not self.contains(other)
+
+    def blinds(self, other: Site) -> bool:
+        """Whether a stand-in here hides the block whose input `other` looks at, and not `other` itself."""
+        inside = self.level not in ("guided", "model") and not self.contains(other)
+        return bool(other.entry) and inside and self._reaches(other.entry)
+
+    def _reaches(self, module: str) -> bool:
+        """Whether a module is one of this site's, or inside of one."""
+        return any(module == mine or module.startswith(mine + ".") for mine in self.modules)
 
 
 @dataclass(slots=True)

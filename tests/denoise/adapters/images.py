@@ -36,14 +36,20 @@ def _flux2() -> nn.Module:
     )
 
 
-def _flux2_inputs(batch: int, size: int, seed: int) -> Inputs:
+def _flux2_inputs(batch: int, size: int, seed: int, images: int = 1) -> Inputs:
     side, zero = torch.arange(size).float(), torch.zeros(1)
-    ids = torch.cartesian_prod(zero, side, side, zero)
+    ids = torch.cartesian_prod(10 * torch.arange(images).float(), side, side, zero)
     return {
         "encoder_hidden_states": text(batch, seed),
         "img_ids": ids.expand(batch, -1, -1),
         "txt_ids": torch.cartesian_prod(zero, zero, zero, torch.arange(3).float()).expand(batch, -1, -1),
     }
+
+
+def _qwen_edit() -> nn.Module:
+    """References are told that their time is zero, as in the later Edit models."""
+    plain = KINDS["qwen"].build()
+    return type(plain)(**{**plain.config, "zero_cond_t": True})  # type: ignore[arg-type, dict-item]
 
 
 def _sana() -> nn.Module:
@@ -187,11 +193,28 @@ IMAGES: dict[str, Subject] = {
     "Flux2": Subject(
         _flux2, lambda b, n: (b, n * n, 4), _flux2_inputs, scale=1000.0, blocks=4, guidance="none, or two named calls"
     ),
+    "Flux2 (edit)": Subject(
+        _flux2,
+        lambda b, n: (b, n * n, 4),
+        lambda b, n, s: _flux2_inputs(b, n, s, images=2),
+        scale=1000.0,
+        blocks=4,
+        edits=True,
+        guidance="none, or two named calls",
+    ),
     "Qwen-Image": Subject(
         KINDS["qwen"].build,
         lambda b, n: (b, n * n, 4),
         lambda b, n, s: KINDS["qwen"].inputs(b, n, s) | {"img_shapes": [[(1, n, n)]] * b},
         scale=1000.0,
+        guidance="two named calls",
+    ),
+    "Qwen-Image (edit)": Subject(
+        _qwen_edit,
+        lambda b, n: (b, n * n, 4),
+        KINDS["qwen"].inputs,
+        scale=1000.0,
+        edits=True,
         guidance="two named calls",
     ),
     "Sana": Subject(_sana, image, lambda b, n, s: {"encoder_hidden_states": text(b, s)}, blocks=2),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import elision
-from elision.denoise.adapters import adapter_for
+from elision.denoise.adapters import Adapter, adapter_for
 from elision.denoise.engine import DenoiseApplied
 from elision.method import create
 from elision.profile import Profile, fingerprint
@@ -66,15 +67,26 @@ SETTINGS: tuple[Setting, ...] = (
         {"blocks": (1,), "warmup_steps": 1, "schedule": "uniform", "interval": 1},
         {"blocks": (1,), "warmup_steps": 1, "schedule": "uniform", "interval": 2},
     ),
+    Setting(
+        "regione",
+        "kv",
+        {"delta": 0, "warmup_steps": STEPS},
+        {"gammas": (1.0,) * (STEPS - 1), "delta": 0.25, "eta": 0.7, "warmup_steps": 2, "post_steps": 1, "forced": ()},
+    ),
     Setting("bac", "branch", {"num_caches": STEPS}, {"num_caches": 2, "union_blocks": 1}),
     Setting("taylorseer", "branch", {"interval": 1}, {"interval": 3, "first_enhance": 2}),
     Setting("uniform", "branch", {"interval": 1}, {"interval": 2}),
 )
 
 
+@functools.cache
+def _adapter(subject: str) -> Adapter:
+    return adapter_for(SUBJECTS[subject].make())
+
+
 def able(subject: str, setting: Setting) -> bool:
     """Whether the class has what the method needs."""
-    adapter = adapter_for(SUBJECTS[subject].make())
+    adapter = _adapter(subject)
     needs_indicator = setting.method == "teacache"
     return setting.level in adapter.levels and not (needs_indicator and adapter.modulated is None)
 

@@ -69,7 +69,11 @@ class ClassLoop(Loop):
         if self.kind.extra:
             shape = (len(x), self.kind.extra, *x.shape[2:])
             x = torch.cat([x, draw(1, *shape[1:], seed=77).expand(shape)], dim=1)
+        drawn = x.shape[1]
+        if self.kind.edits:
+            x = torch.cat([x, self.picture(drawn).repeat(len(x), 1, 1)], dim=1)
         out: Tensor = self.kind.invoke(self.model, x, time, {**inputs, **more})
+        out = out[:, :drawn] if self.kind.edits else out
         return out.chunk(2, dim=1)[0] if self.kind.variance else out
 
     def name(self, branch: str) -> AbstractContextManager[Any]:

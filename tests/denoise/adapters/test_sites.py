@@ -11,22 +11,20 @@ import pytest
 import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import elision
 from elision.denoise.adapters import ADAPTERS, Adapter, adapter_for, supported
-from elision.denoise.methods.first_block import FirstBlock
 from elision.denoise.methods.profilingdit import ProfilingDiT
-from elision.denoise.methods.taylorseer import TaylorSeer
-from elision.denoise.methods.uniform import Uniform
-from elision.denoise.policy import DenoiseMethod, Host
+from elision.denoise.policy import Host
 from elision.denoise.sites import Call, argument, parameter_names, split_tokens
 from elision.errors import UnsupportedTarget
 from tests.denoise.adapters.subjects import ClassLoop
-from tests.denoise.adapters.table import SUBJECTS
+from tests.denoise.adapters.table import SUBJECTS, stand_still
 
-pytestmark = pytest.mark.filterwarnings("ignore::elision.errors.ElisionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::elision.errors.ElisionWarning"),
+    pytest.mark.usefixtures("no_flops"),
+]
 NAMES = pytest.mark.parametrize("name", SUBJECTS)
 Seen = tuple[str, nn.Module, tuple[Any, ...], dict[str, Any], Any]
 
@@ -156,72 +154,6 @@ def test_modulated_is_what_the_first_attention_is_given(name: str) -> None:
     assert torch.equal(found, given)
 
 
-@NAMES
-@pytest.mark.parametrize("level", ["model", "head", "stack", "run", "branch"])
-def test_flops_add_up(name: str, level: str) -> None:
-    """What is computed and what is elided, against what really ran."""
-    loop, adapter = made(name)
-    if level not in adapter.levels:
-        return
-    whole = _counted(lambda: loop(steps=1))
-    run = elision.apply(loop, still(level))
-    ran = _counted(lambda: loop(steps=3))
-    run.remove()
-    report: Any = run.report()
-    assert report.strip()[1:] in ("rr", "pp")
-    if loop.kind.uncounted:
-        assert report.flops_computed is None
-        return
-    assert report.flops_elided > 0
-    if name == "Diffusion Policy":  # torch fuses its attention into an operation that its counter does not know
-        assert ran < report.flops_computed
-        return
-    assert report.flops_computed + report.flops_elided == 3 * whole
-    assert report.flops_computed == ran
-
-
-def still(level: str) -> DenoiseMethod:
-    """A method that computes the first step, and stands in for everything at this level after it."""
-    if level == "run":
-        return FirstBlock(threshold=1e9)
-    if level == "head":
-        return TaylorSeer(interval=9, first_enhance=1, site="head")
-    return Uniform(interval=9, site=level)  # type: ignore[arg-type]
-
-
-def _counted(run: Any) -> int:
-    counter = FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        run()
-    return int(counter.get_total_flops())
-
-
-@NAMES
-@pytest.mark.parametrize("level", ["model", "head", "stack", "run", "branch"])
-def test_a_stand_in_is_the_truth_where_nothing_changes(name: str, level: str) -> None:
-    """The same call at every step: whatever is left out, and put together again, gives the same prediction."""
-    loop, adapter = made(name)
-    if level not in adapter.levels:
-        return
-    for batch in (1, 2):
-        _check_still(loop, batch, still(level))
-
-
-def _check_still(loop: ClassLoop, batch: int, method: Any) -> None:
-    x, t = torch.randn(loop.kind.latent(batch, 4), generator=torch.Generator().manual_seed(1)), torch.tensor(700.0)
-    inputs = loop.kind.inputs(batch, 4, 10)
-    with elision.apply(loop, method) as run, torch.no_grad():
-        loop.scheduler.set_timesteps(3)
-        outs = []
-        for time in loop.scheduler.timesteps:
-            outs.append(loop.call(x, t, inputs))
-            loop.scheduler.step(outs[-1], time, x)
-    report: Any = run.report()
-    assert report.strip()[1:] in ("rr", "pp")
-    for out in outs[1:]:
-        assert float((out - outs[0]).norm() / outs[0].norm()) < 1e-5
-
-
 def _runs(depth: int) -> list[tuple[int, int]]:
     return [(first, stop) for first in range(depth) for stop in range(first + 1, depth + 1)]
 
@@ -238,7 +170,7 @@ def test_runs_of_blocks_stand_in_rightly(name: str) -> None:
     for first, stop in _runs(loop.kind.blocks):
         method = ProfilingDiT(blocks=tuple(range(first, stop)), warmup_steps=0, schedule="uniform", interval=9)
         if not _hides(name, first, stop):
-            _check_still(loop, 1, method)
+            stand_still(loop, method, counting=False)
             continue
         with pytest.raises(UnsupportedTarget, match="late blocks read what early ones returned"):
             elision.apply(loop, method)

@@ -71,13 +71,14 @@ class Adapter:
         layout: how latents and predictions differ from one tensor [B, C, ...] or [B, L, C]: 5-D ones are
             [B, F, C, ...], or they are lists with an entry for each row.
         others: parameters that hold further latents, in the order of the further predictions.
-        lacks: levels at which there is no site, and why.
+        lacks: levels at which there is no site (and "modulated", where nothing is), and why.
         refused: arguments with which the denoiser does what no cache of it can stand in for, and what that is.
         long_skips: whether late blocks read what early ones returned, so that runs must not hide it.
         modulated: the input of the first block after its own modulation (TeaCache's indicator).
         known: False for the generic adapter.
         token_axes: arguments with an axis of image tokens, and that axis: what a call with live tokens alone must cut.
             Empty where the denoiser cannot be called with some of its tokens.
+        whole: why it cannot, where it cannot.
         token_tables: modules that make a row for every image token whatever they are called with (tables of positions):
             which of their outputs that is, and the axis of the rows.
         token_inputs: arguments of the blocks that the denoiser makes for every image token, and the axis.
@@ -101,12 +102,13 @@ class Adapter:
     calls: tuple[str, ...] = ()
     layout: Literal["plain", "frames first", "list"] = "plain"
     others: tuple[str, ...] = ()
-    lacks: Mapping[Level, str] = field(default_factory=dict)
+    lacks: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     long_skips: bool = False
     modulated: Modulated | None = None
     known: bool = True
     token_axes: Mapping[str, int] = field(default_factory=dict)
+    whole: str = "cuts its latent into tokens itself"
     token_tables: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     token_inputs: Mapping[str, int] = field(default_factory=dict)
     unbatched: tuple[str, ...] = ()
@@ -240,8 +242,8 @@ class Adapter:
         if not self.token_axes:
             able = sorted(name for name, adapter in _adapters().items() if adapter.token_axes)
             raise UnsupportedTarget(
-                f"{method} calls the denoiser with some of its tokens, which the adapter of {self.model_class} does "
-                f"not know how to do; known: {', '.join(able)}"
+                f"{method} calls the denoiser with some of its tokens, which {self.model_class} cannot be: it "
+                f"{self.whole}; known: {', '.join(able)}"
             )
         return [
             Site(f"{path}.kv", "kv", modules[0], tuple(modules[1:])) for path, modules in self.attention(model).items()

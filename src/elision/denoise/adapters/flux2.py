@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from elision.denoise.adapters._base import Adapter, BlockSpec, BranchSpec
+from elision.denoise.adapters._grids import by_positions
 from elision.denoise.sites import Call
 
 
@@ -36,4 +37,6 @@ FLUX2 = Adapter(
     refused={"kv_cache_mode": "it keeps keys and values of the references itself, in calls of changing length"},
     modulated=_modulated,
     token_axes={"hidden_states": 1, "img_ids": -2},
+    unbatched=("img_ids", "txt_ids"),
+    grids=by_positions,
 )

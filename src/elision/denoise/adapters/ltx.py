@@ -17,4 +17,5 @@ LTX = Adapter(
     },
     head="proj_out",
     modulated=partial(by_table, "temb"),
+    whole="makes positions from the size of the video",
 )

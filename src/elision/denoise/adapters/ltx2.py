@@ -34,4 +34,5 @@ LTX2 = Adapter(
     others=("audio_hidden_states",),
     lacks={"head": "video and audio leave through heads of their own"},
     modulated=partial(by_table, "temb"),
+    whole="makes positions from the size of the video",
 )

@@ -156,11 +156,11 @@ def decays(sigmas: Sequence[float], gammas: Sequence[float] | None, course: Cour
     return found
 
 
-def factor(found: Sequence[float | None], n: int, rule: Literal["product", "last"]) -> float:
-    """What the velocity of the last computed step is multiplied with at step `n`."""
+def factor(found: Sequence[float | None], n: int, rule: Literal["product", "last"], computed: int = -1) -> float:
+    """What the velocity of the last computed step is multiplied with at step `n`; it was not before step `computed`."""
     total = 1.0
-    while n >= 0 and (decay := found[n]) is not None:
-        total, n = total * decay, -1 if rule == "last" else n - 1
+    while n > computed and (decay := found[n]) is not None:
+        total, n = total * decay, computed if rule == "last" else n - 1
     return total
 
 
@@ -170,7 +170,7 @@ class Regions(Schedule, Decay):
     listens: ClassVar[bool] = True
 
     def __init__(self, method: RegionE, eta: float, delta: float, gammas: Sequence[float] | None, host: Host) -> None:
-        Decay.__init__(self, lambda step, last: factor(self.table, step.n, self.m.factor))
+        Decay.__init__(self, lambda step, last: factor(self.table, step.n, self.m.factor, last.n))
         self.m, self.eta, self.delta, self.gammas, self.host = method, eta, delta, gammas, host
         self.course = Course(0, method.warmup_steps, 0, ())
         self.table: list[float | None] = []

@@ -127,7 +127,9 @@ def test_it_does_what_it_is_told_and_leaves_the_rest(pipe: GarmentsEditPipeline,
 
 def test_card_agrees_with_the_specification() -> None:
     quality = zoo.card("garments-edit")["quality"]
+    assert quality["edits"] >= 300
     assert quality["followed"] >= 0.8
+    assert quality["followed_by_unedited_canvases"] <= 0.1
     assert quality["psnr_of_the_other_half"] >= 30
 
 

@@ -18,6 +18,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
@@ -87,6 +88,33 @@ def _flux_inputs(batch: int, size: int, seed: int) -> Inputs:
         "pooled_projections": draw(1, 8, seed=seed + 2).repeat(batch, 1),
         "txt_ids": torch.zeros(3, 3),
         "img_ids": torch.cartesian_prod(torch.zeros(1), side, side),
+    }
+
+
+def _kontext_inputs(batch: int, size: int, seed: int) -> Inputs:
+    """Positions of the image that is drawn (first coordinate 0), then of the picture that is edited (1)."""
+    side = torch.arange(size).float()
+    return {**_flux_inputs(batch, size, seed), "img_ids": torch.cartesian_prod(torch.arange(2).float(), side, side)}
+
+
+def _qwen() -> nn.Module:
+    return QwenImageTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def _qwen_inputs(batch: int, size: int, seed: int) -> Inputs:
+    return {
+        "encoder_hidden_states": draw(1, 3, 8, seed=seed + 1).repeat(batch, 1, 1),
+        "encoder_hidden_states_mask": torch.tensor([[1, 1, seed % 20 == 0]]).repeat(batch, 1),
+        "img_shapes": [[(1, size, size), (1, size, size)]] * batch,
     }
 
 
@@ -200,6 +228,7 @@ class Kind:
         variance: whether the prediction carries as many variance channels.
         cond_first: order of a batched call.
         blocks: number of blocks, 0 if there is no adapter.
+        edits: whether the tokens of a picture that is edited stand behind those of the latent.
     """
 
     build: Callable[[], nn.Module]
@@ -211,6 +240,7 @@ class Kind:
     variance: bool = False
     cond_first: bool = False
     blocks: int = 3
+    edits: bool = False
 
     def make(self, seed: int = 0) -> nn.Module:
         """A model with random weights."""
@@ -229,6 +259,8 @@ KINDS: dict[str, Kind] = {
     "pixart": Kind(_pixart, _image, _pixart_inputs, variance=True, blocks=2),
     "wan": Kind(lambda: _wan(4), lambda b, n: (b, 4, 2, n, n), _wan_inputs, blocks=2),
     "wan_i2v": Kind(lambda: _wan(9), lambda b, n: (b, 4, 2, n, n), _wan_inputs, extra=5, blocks=2),
+    "kontext": Kind(_flux, lambda b, n: (b, n * n, 4), _kontext_inputs, scale=1000.0, blocks=4, edits=True),
+    "qwen": Kind(_qwen, lambda b, n: (b, n * n, 4), _qwen_inputs, scale=1000.0, edits=True),
     "unet": Kind(_unet, _image, _wan_inputs, slot="unet", blocks=0),
 }
 
@@ -258,9 +290,18 @@ class Loop:
         if self.kind.extra:
             shape = (len(x), self.kind.extra, *x.shape[2:])
             x = torch.cat([x, draw(1, *shape[1:], seed=77).expand(shape)], dim=1)
+        width = x.shape[1]
+        if self.kind.edits:
+            x = torch.cat([x, self.picture(width).repeat(len(x), 1, 1)], dim=1)
         time = (t / self.kind.scale).expand(len(x))
         out: Tensor = self.model(x, timestep=time, return_dict=False, **inputs, **more)[0]
+        out = out[:, :width] if self.kind.edits else out
         return out.chunk(2, dim=1)[0] if self.kind.variance else out
+
+    @staticmethod
+    def picture(tokens: int) -> Tensor:
+        """The picture [1, tokens, 4] that is edited: the same for every image of a batch."""
+        return draw(1, tokens, 4, seed=55)
 
     def name(self, branch: str) -> AbstractContextManager[Any]:
         """Diffusers' context of a guidance branch, where the model class has them."""
@@ -324,6 +365,8 @@ class Loop:
 
 def _stack(values: list[Any], batch: int, key: str) -> Any:
     """Rows of both branches behind each other; what has no batch axis stays as it is."""
+    if isinstance(values[0], list):
+        return [row for value in values for row in value]
     if not isinstance(values[0], Tensor) or key.endswith("_ids"):
         return values[0]
     return torch.cat(values)

@@ -1,7 +1,9 @@
-"""Writes what the documentation derives from the registry: a page per method, and the table in the README.
+"""Writes what the documentation derives: a page per method, the table in the README, the table of denoiser classes.
 
-python tools/make_docs.py           write both
-python tools/make_docs.py --check   fail if the README's table is out of date
+The last one comes from the tests, which make a tiny model of every class and try what it can do.
+
+python tools/make_docs.py           write all
+python tools/make_docs.py --check   fail if a table is out of date
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import argparse
 import dataclasses
 import inspect
 import sys
+import warnings
 from pathlib import Path
 
 from elision.method import Method, describe_range, registry
@@ -26,6 +29,7 @@ TITLES = {
     "dllm": "Diffusion language models (`dllm`)",
 }
 BEGIN, END = "<!-- methods: made by tools/make_docs.py -->", "<!-- /methods -->"
+CLASSES = "<!-- classes: made by tools/make_docs.py -->", "<!-- /classes -->"
 
 
 def table() -> str:
@@ -61,22 +65,37 @@ def page(cls: type[Method]) -> str:
     return "\n".join(lines)
 
 
+def _between(text: str, marks: tuple[str, str], fresh: str) -> str:
+    """`text` with something else between two marks."""
+    before, rest = text.split(marks[0])
+    _, after = rest.split(marks[1])
+    return f"{before}{marks[0]}\n{fresh}\n{marks[1]}{after}"
+
+
 def readme() -> str:
     """The README with a fresh table."""
-    text = (ROOT / "README.md").read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    return _between((ROOT / "README.md").read_text(), (BEGIN, END), table())
+
+
+def classes() -> str:
+    """The page on the denoise engine with a fresh table of classes."""
+    sys.path.insert(0, str(ROOT))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from tests.denoise.adapters.table import table as made  # the tests are no package of the library
+
+        return _between((ROOT / "docs" / "denoise.md").read_text(), CLASSES, made())
 
 
 def main() -> int:
     """Write, or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    fresh, target = readme(), ROOT / "README.md"
+    pages = {ROOT / "README.md": readme(), ROOT / "docs" / "denoise.md": classes()}
     if parser.parse_args().check:
-        return int(fresh != target.read_text())
-    target.write_text(fresh)
+        return int(any(target.read_text() != fresh for target, fresh in pages.items()))
+    for target, fresh in pages.items():
+        target.write_text(fresh)
     folder = ROOT / "docs" / "methods"
     folder.mkdir(exist_ok=True)
     for cls in registry().values():

@@ -1,19 +1,25 @@
 from __future__ import annotations
 
+import base64
+import io
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from elision.bench.compare import Comparison, compare_denoise
 from elision.bench.report import render, write_report
-from elision.bench.report._images import difference_uri, sample_uri
+from elision.bench.report._grid import overlap
+from elision.bench.report._images import difference_uri, region_uri, sample_uri, sheet
 from elision.bench.report._plot import Frame, Point, scatter, ticks
-from elision.bench.subject import Subject
+from elision.bench.subject import Subject, images_of
 
 STEPS = 9
 METHODS = ["taylorseer:interval=3", "first_block:threshold=0.3", "uniform:interval=2"]
@@ -68,6 +74,87 @@ def test_a_comparison_from_a_file_renders_without_images(comparison: Comparison,
     text = render(loaded)
     assert "<img" not in text
     assert 'class="strip"' in text
+
+
+def _half(out: object) -> torch.Tensor:
+    return torch.cat([images_of(out), images_of(out).flip(-1)], -1)  # [B, 1, 32, 64]
+
+
+@pytest.fixture(scope="module")
+def edits(subject: Subject) -> Comparison:
+    masks = torch.zeros(3, 32, 64, dtype=torch.bool)
+    masks[:, :, :32] = True
+    mine = replace(subject, kind="edit", read=_half, judge=None, references=torch.rand(3, 1, 32, 64), masks=masks)
+    found = compare_denoise(mine, ["taylorseer:interval=3"], steps=6, seeds=1, controls=False)
+    next(arm for arm in found.arms if arm.kind == "method").regions = masks[:, ::4, ::4]
+    return found
+
+
+def test_edits_show_what_is_edited_and_the_region_that_was_seen(edits: Comparison) -> None:
+    text = render(edits)
+    assert "3 edits" in re.sub("<[^>]*>", "", text)
+    assert len(re.findall(r": the image to edit", text)) == 3
+    told = re.findall(r"takes 64 of 128 tokens for edited, overlap with the true region 1\.00", text)
+    assert len(told) == 3
+    assert text.count("taken for edited") == 1
+    assert "region 1.00</small>" in text
+    images = re.findall(r'<img [^>]*alt="([^"]+)"', text)
+    assert len(set(images)) == len(images)
+
+
+def test_overlap_is_of_pixels() -> None:
+    truth = torch.zeros(8, 8, dtype=torch.bool)
+    truth[:4] = True
+    assert overlap(truth[::4, ::4], truth) == 1
+    assert overlap(~truth[::4, ::4], truth) == 0
+    assert overlap(torch.tensor([[True, False], [False, False]]), truth) == 0.5
+    assert overlap(torch.zeros(2, 2, dtype=torch.bool), truth & False) == 1
+
+
+def test_outlines_follow_region_and_truth() -> None:
+    image = torch.full((3, 32, 32), 0.5)
+    region = torch.zeros(8, 8, dtype=torch.bool)
+    region[2:6, 2:6] = True
+    truth = torch.zeros(32, 32, dtype=torch.bool)
+    truth[:, 24:] = True
+    data = base64.b64decode(region_uri(image, region, truth).partition(",")[2])
+    pixels = np.asarray(Image.open(io.BytesIO(data)))  # four times enlarged
+    assert pixels.shape == (128, 128, 3)
+    assert tuple(pixels[64, 33]) == (255, 138, 20)  # border of the region
+    assert tuple(pixels[64, 64]) == (166, 131, 96)  # inside: 0.7 grey and 0.3 orange
+    assert tuple(pixels[8, 8]) == (45, 45, 45)  # outside: dark
+    assert tuple(pixels[64, 97]) == tuple(pixels[64, 127]) == (90, 220, 255)
+
+
+@pytest.fixture(scope="module")
+def videos(subject: Subject) -> Comparison:
+    def frames(out: object) -> torch.Tensor:
+        return torch.stack([images_of(out).roll(k, -1) for k in range(5)], 1).flatten(0, 1)
+
+    mine = replace(subject, kind="video", read=frames, judge=None)
+    return compare_denoise(mine, ["taylorseer:interval=3"], steps=6, seeds=1, controls=False, keep_images=4)
+
+
+def test_videos_move_and_lie_in_order(videos: Comparison) -> None:
+    assert videos.frames == 5
+    assert videos.samples == "3 videos"
+    first = videos.arms[0].images
+    assert first is not None
+    assert len(first) == 2 * 5  # half as many as images, all frames of each
+    text = render(videos)
+    moving = re.findall(r'class="moving" src="data:image/png;base64,([^"]+)"', text)
+    assert len(moving) == 2 * len(videos.arms)
+    assert Image.open(io.BytesIO(base64.b64decode(moving[0]))).n_frames == 5  # type: ignore[attr-defined]
+    assert text.count('class="sheet"') == 2 * (2 * len(videos.arms) - 1)  # frames of all, differences of all but one
+
+
+def test_sheets_hold_frames_row_by_row() -> None:
+    frames = torch.arange(5.0).reshape(5, 1, 1, 1).expand(5, 3, 2, 2)
+    found = sheet(frames, columns=3)
+    assert found.shape == (3, 5, 8)  # two rows of three, a line between, an empty place at the end
+    assert found[0, 0].tolist() == [0, 0, 0, 1, 1, 0, 2, 2]
+    assert found[0, 4].tolist() == [3, 3, 0, 4, 4, 0, 0, 0]
+    assert sheet(frames.repeat(4, 1, 1, 1), columns=4, most=8).shape == (3, 5, 11)
 
 
 def test_no_plot_without_points() -> None:
@@ -181,3 +268,21 @@ def test_the_report_fits_a_telephone(browser, page: Path) -> None:  # type: igno
     browser.set_window_size(500, 900)
     browser.get(page.as_uri())
     assert browser.execute_script("return document.body.scrollWidth <= window.innerWidth")
+
+
+@pytest.mark.parametrize("kind", ["videos", "edits"])
+def test_videos_and_edits_in_chromium(browser, request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:  # type: ignore[no-untyped-def]
+    page = write_report(request.getfixturevalue(kind), tmp_path / "report.html")
+    browser.set_window_size(1280, 1600)
+    browser.get(page.as_uri())
+    assert all(browser.execute_script("return [...document.images].map(i => i.complete && i.naturalWidth > 0)"))
+    widths = {
+        role: {image.size["width"] for image in browser.find_elements("css selector", f".samples tr.{role} img")}
+        for role in ("sample", "difference", "region", "reference")
+    }
+    if kind == "videos":
+        assert widths == {"sample": {76, 153}, "difference": {153}, "region": set(), "reference": set()}
+    else:
+        assert widths == {role: {128} for role in widths}
+    assert browser.execute_script("return document.body.scrollWidth <= window.innerWidth")
+    assert browser.get_log("browser") == []

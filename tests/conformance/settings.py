@@ -23,6 +23,13 @@ from tests.models import KINDS, Loop
 Options = dict[str, Any]
 
 STEPS = 8  # of every run, unless a test says otherwise
+GAMMAS = (1.0,) * (STEPS - 1)
+
+# Kinds that a method is for, where it is not for all that have its site: RegionE needs a picture that is edited.
+ONLY_ON: dict[str, tuple[str, ...]] = {"regione": ("kontext", "qwen")}
+EDITING = tuple(kind for kind, about in KINDS.items() if about.edits)
+# Methods with a value per step rather than per call: they act after guidance.
+AFTER_GUIDANCE = {"regione"}
 
 # At these settings every step is computed and the output equals the uncached one bit for bit.
 LIMITS: dict[str, list[Options]] = {
@@ -44,6 +51,11 @@ LIMITS: dict[str, list[Options]] = {
         {"warmup_steps": 2, "refresh": tuple(range(2, STEPS))},
     ],
     "random_skip": [{"rate": 0.0}, {"rate": 1.0, "warmup_steps": STEPS}],
+    "regione": [
+        {"delta": 0, "warmup_steps": STEPS},
+        {"delta": 0, "post_steps": STEPS},
+        {"preset": "qwen", "warmup_steps": 5, "post_steps": 3},
+    ],
     "stale": [{"interval": 1}, {"interval": 99, "warmup_steps": STEPS}],
     "taylorseer": [
         {"interval": 1},
@@ -76,6 +88,7 @@ ACTIVE: dict[str, list[Options]] = {
     ],
     "easycache": [
         {"threshold": 0.6, "warmup_steps": 2},
+        {"threshold": 0.6, "warmup_steps": 2, "order": 1},
         {"threshold": 1.2, "variant": "comfyui", "start": 0.25, "end": 0.9, "subsample": 2},
     ],
     "ertacache": [
@@ -90,6 +103,19 @@ ACTIVE: dict[str, list[Options]] = {
         {"blocks": (1,), "warmup_steps": 2, "schedule": "formula", "longest": 4, "shortest": 1},
     ],
     "random_skip": [{"rate": 0.5, "seed": 3}],
+    "regione": [
+        {"gammas": GAMMAS, "delta": 0.25, "eta": 0.7, "warmup_steps": 2, "post_steps": 1, "forced": (5,)},
+        {"gammas": GAMMAS, "delta": 0.25, "eta": 2, "warmup_steps": 1, "post_steps": 0, "forced": ()},
+        {
+            "gammas": GAMMAS,
+            "delta": 0.4,
+            "eta": 0.7,
+            "warmup_steps": 2,
+            "forced": (),
+            "keep_kv": False,
+            "factor": "last",
+        },
+    ],
     "stale": [{"interval": 3}],
     "taylorseer": [
         {"interval": 3, "first_enhance": 2},
@@ -98,7 +124,7 @@ ACTIVE: dict[str, list[Options]] = {
         {"interval": 3, "first_enhance": 2, "site": "head", "max_order": 0},
         {"interval": 3, "first_enhance": 2, "schedule": "diffusers"},
     ],
-    "teacache": [{"threshold": 0.5}],
+    "teacache": [{"threshold": 0.5}, {"threshold": 0.5, "order": 2}],
     "uniform": [{"interval": 3}, {"interval": 3, "site": "stack"}, {"interval": 3, "site": "model"}],
     "worldcache": [
         {"threshold": 1e9, "warmup_steps": 3, "n_max": 2, "stable": 0.0, "chaotic": 0.0},
@@ -111,17 +137,31 @@ ACTIVE: dict[str, list[Options]] = {
 DECIDE_PER_BRANCH = {"first_block", "teacache"}
 
 
+def kinds_for(method: str, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `kinds` that are tried; a method that is only for some stands in on those where flux is wanted."""
+    if method in ONLY_ON:
+        return ONLY_ON[method] if set(kinds) == set(KINDS) else ONLY_ON[method][: "flux" in kinds]
+    return tuple(kind for kind in kinds if kind not in EDITING)
+
+
+def home(method: str) -> str:
+    """The kind of denoiser for tests that need but one."""
+    return ONLY_ON.get(method, ("flux",))[0]
+
+
 def possible(method: str, options: Options, kind: str) -> bool:
     """Whether the method has its site on this kind of denoiser."""
+    if method in ONLY_ON or kind in EDITING:
+        return kind in ONLY_ON.get(method, KINDS)
     if KINDS[kind].blocks:
         return True
     wanted = options.get("site", create(method, **options).levels[0] if method != "uniform" else "branch")
     return bool(wanted == "model")
 
 
-def steers(options: Options) -> bool:
+def steers(method: str, options: Options) -> bool:
     """Whether these options change the sampler's steps, which a bare denoiser does not have."""
-    return "phi" in options
+    return "phi" in options or method in AFTER_GUIDANCE
 
 
 def label(method: str, options: Options) -> str:
@@ -133,8 +173,8 @@ def cases(table: dict[str, list[Options]], kinds: tuple[str, ...] = tuple(KINDS)
     """Every setting on every kind that has its site, as pytest parameters (method, options, kind)."""
     return [
         pytest.param(method, options, kind, id=f"{kind}-{label(method, options)}")
-        for kind in kinds
         for method, several in table.items()
+        for kind in kinds_for(method, kinds)
         for options in several
         if possible(method, options, kind)
     ]
@@ -146,6 +186,7 @@ def impossible(table: dict[str, list[Options]]) -> list[Any]:
         pytest.param(method, options, kind, id=f"{kind}-{label(method, options)}")
         for kind in KINDS
         for method, several in table.items()
+        if method not in ONLY_ON and kind not in EDITING
         for options in several
         if not possible(method, options, kind)
     ]
@@ -196,6 +237,7 @@ def known_methods(family: str | None = "denoise") -> list[str]:
 Hook = Callable[[int], None]
 __all__ = [
     "ACTIVE",
+    "AFTER_GUIDANCE",
     "DECIDE_PER_BRANCH",
     "LIMITS",
     "STEPS",
@@ -205,6 +247,7 @@ __all__ = [
     "cached",
     "cases",
     "find",
+    "home",
     "impossible",
     "known_methods",
     "label",

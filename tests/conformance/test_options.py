@@ -29,6 +29,8 @@ UNRANGED: dict[tuple[str, str], tuple[Any, ...]] = {  # tuples of numbers, with 
     ("ertacache", "reused"): ("nope", (), ("a",), 3, (math.nan,), (-1,)),
     ("profilingdit", "blocks"): ("nope", ("a",), 3, (math.nan,), (-1,)),
     ("profilingdit", "refresh"): ("nope", (), ("a",), 3, (math.nan,), (-1,)),
+    ("regione", "forced"): ("nope", ("a",), 3, (math.nan,), (0,), (4, 5), (9, 4)),
+    ("regione", "gammas"): ("nope", (), ("a",), 3, (math.nan,), (0,), (-1.0,)),
     ("teacache", "coefficients"): ("nope", (), ("a",), 3, (math.nan,)),
     ("worldcache", "modalities"): ("nope", (), ("a",), 3, (math.nan,), (0,)),
 }

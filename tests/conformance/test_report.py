@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from elision.denoise.engine import DenoiseApplied
 from elision.denoise.flops import FlopBook
 from elision.denoise.report import DenoiseReport
-from tests.conformance.settings import ACTIVE, STEPS, Options, apply, cases
+from tests.conformance.settings import ACTIVE, AFTER_GUIDANCE, STEPS, Options, apply, cases
 from tests.models import Loop
 
 pytestmark = pytest.mark.filterwarnings("ignore::elision.errors.ElisionWarning")
@@ -72,7 +72,8 @@ def check_counts(report: DenoiseReport, method: str, calls: int) -> None:
     tallies = [step.groups[method] for step in last.steps]
     assert sum(t.computed for t in tallies) == report.outputs_computed
     assert sum(t.stood_in for t in tallies) == report.outputs_stood_in
-    assert report.outputs_computed + report.outputs_stood_in == report.sites[method] * calls
+    seen = STEPS if method in AFTER_GUIDANCE else calls  # a value per step, or one per call
+    assert report.outputs_computed + report.outputs_stood_in == report.sites[method] * seen
     for state, total in (
         ("computed", report.steps_computed),
         ("reused", report.steps_reused),
@@ -81,7 +82,7 @@ def check_counts(report: DenoiseReport, method: str, calls: int) -> None:
     ):
         assert last.count(state) == total  # type: ignore[arg-type]
     at_model = report.calls_elided > 0
-    assert report.calls_elided == (report.outputs_stood_in if at_model else 0)
+    assert report.calls_elided == (report.outputs_stood_in * calls // seen if at_model else 0)
     assert report.reasons()[method] == sum((t.reasons for t in tallies), start=type(tallies[0].reasons)())
     assert report.seconds.deciding > 0
     assert report.seconds.standing_in > 0

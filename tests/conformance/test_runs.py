@@ -9,7 +9,18 @@ import torch
 
 from elision.denoise.engine import DenoiseApplied
 from elision.errors import ElisionWarning, UnsupportedTarget
-from tests.conformance.settings import ACTIVE, DECIDE_PER_BRANCH, STEPS, Options, apply, cached, cases, possible, steers
+from tests.conformance.settings import (
+    ACTIVE,
+    DECIDE_PER_BRANCH,
+    STEPS,
+    Options,
+    apply,
+    cached,
+    cases,
+    home,
+    possible,
+    steers,
+)
 from tests.models import Loop
 
 pytestmark = [
@@ -49,7 +60,7 @@ def test_reset_forgets_everything(method: str, options: Options, kind: str) -> N
     loop = Loop(kind)
     fresh, once = cached(loop, method, options, mode="sequential")
     with apply(loop, method, options) as run:
-        loop(seed=5, steps=STEPS - 2, mode="sequential", name=run.step)
+        loop(seed=5, steps=STEPS - ("gammas" not in options), mode="sequential", name=run.step)
         run.reset()
         zero = run.report()
         assert (zero.run_count, zero.steps, zero.calls, zero.bytes_held, zero.bytes_peak) == (0, 0, 0, 0, 0)
@@ -79,7 +90,8 @@ def test_reset_in_the_middle_of_a_run(method: str, options: Options, kind: str) 
 @pytest.mark.parametrize(("method", "options", "kind"), cases(ACTIVE, KEPT))
 def test_size_and_batch_change_between_calls(method: str, options: Options, kind: str) -> None:
     loop = Loop(kind)
-    hows = [{"size": 4}, {"size": 8 if kind == "unet" else 6}, {"size": 4, "batch": 3, "steps": 5}, {"size": 4}]
+    fewer = STEPS if "gammas" in options else 5  # gammas are for one number of steps
+    hows = [{"size": 4}, {"size": 8 if kind == "unet" else 6}, {"size": 4, "batch": 3, "steps": fewer}, {"size": 4}]
     with apply(loop, method, options) as run:
         together = [loop(**{"steps": STEPS, "mode": "sequential", "name": run.step, **how}) for how in hows]
     apart = [cached(loop, method, options, mode="sequential", **how)[0] for how in hows[:3]]
@@ -93,7 +105,9 @@ def test_a_row_of_a_batch_is_a_row(method: str) -> None:
     options = next(o for o in ACTIVE[method])
     if "threshold" in options:
         options = {**options, "threshold": 1e9}
-    loop = Loop("flux")
+    if "eta" in options:
+        options = {**options, "eta": 2}  # everything is edited, whatever the pictures are
+    loop = Loop(home(method))
     pair, _ = cached(loop, method, options, batch=2)
     single, report = cached(loop, method, options, batch=1)
     assert report.outputs_stood_in
@@ -139,9 +153,10 @@ def test_exception_between_steps_then_a_fresh_run(method: str, options: Options,
 
 
 @pytest.fixture
-def broken() -> Iterator[tuple[Loop, dict[str, int]]]:
-    """A loop whose second block raises when its counter says so."""
-    loop = Loop("flux")
+def broken(request: pytest.FixtureRequest) -> Iterator[tuple[Loop, dict[str, int]]]:
+    """A loop whose first block raises when its counter says so."""
+    parameters = getattr(request.node, "callspec", None)
+    loop = Loop(home(parameters.params.get("method", "")) if parameters else "flux")
     state = {"at": -1, "seen": 0}
 
     def hook(module: torch.nn.Module, args: object) -> None:
@@ -161,7 +176,7 @@ def test_exception_inside_the_denoiser(
 ) -> None:
     """At the first, second and fourth call that reaches the block, with and without a scheduler."""
     loop, state = broken
-    if bare and steers(options):
+    if bare and steers(method, options):
         with pytest.raises(UnsupportedTarget, match="bare denoiser has no scheduler"):
             _applied(loop, method, options, bare)
         return
@@ -205,7 +220,7 @@ def _applied(loop: Loop, method: str, options: Options, bare: bool) -> DenoiseAp
 def test_one_step_twice(method: str, options: Options, kind: str, bare: bool) -> None:
     loop = Loop(kind)
     plain = [loop(seed=s, steps=1) for s in (1, 2)]
-    if bare and steers(options):
+    if bare and steers(method, options):
         return  # refused, as the test above shows
     applied = apply(loop, method, options, bare, **({"steps": 1} if bare else {}))
     with applied:
@@ -237,7 +252,7 @@ def test_remove_in_the_middle_of_a_run(method: str, options: Options, kind: str)
 
 def test_written_into_outputs_do_not_reach_the_cache() -> None:
     """What a denoiser returns belongs to the caller, who may write into it."""
-    for kind in ("flux", "pixart", "unet"):
+    for kind in ("flux", "pixart", "unet", "kontext"):
         loop = Loop(kind)
         real = loop.call
 
@@ -262,7 +277,7 @@ def test_written_into_inputs_do_not_reach_the_cache() -> None:
     """Loops that update the latent in place change what a method saw, but not what it keeps."""
     for method, several in ACTIVE.items():
         for options in several:
-            loop = Loop("flux")
+            loop = Loop(home(method))
             want, _ = cached(loop, method, options)
             real = loop.call
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import elision
 from elision.errors import Closed, Conflict, ElisionError
-from tests.conformance.settings import ACTIVE, STEPS, Options, apply, cached, cases
+from tests.conformance.settings import ACTIVE, STEPS, Options, apply, cached, cases, home
 from tests.models import Loop, changed, snapshot
 
 pytestmark = [
@@ -78,7 +78,7 @@ def test_two_pipelines_that_share_a_scheduler(method: str, first_out: int) -> No
     """Sessions come off in any order, and the scheduler is clean when the last one is gone."""
     options = ACTIVE[method][0]
     scheduler = FlowMatchEulerDiscreteScheduler()
-    loops = [Loop("flux", scheduler, seed=seed) for seed in (0, 1)]
+    loops = [Loop(home(method), scheduler, seed=seed) for seed in (0, 1)]
     plain = [loop(steps=STEPS) for loop in loops]
     alone = [cached(loop, method, options)[0] for loop in loops]
     before = snapshot(*(part for loop in loops for part in parts(loop)))
@@ -98,7 +98,7 @@ def test_two_pipelines_that_share_a_scheduler(method: str, first_out: int) -> No
 
 @pytest.mark.parametrize("method", sorted(ACTIVE))
 def test_two_pipelines_of_one_class_are_isolated(method: str) -> None:
-    one, two = Loop("flux", seed=0), Loop("flux", seed=0)
+    one, two = Loop(home(method), seed=0), Loop(home(method), seed=0)
     plain = two(steps=STEPS)
     before = snapshot(*parts(two))
     with apply(one, method, ACTIVE[method][0]):

@@ -13,9 +13,11 @@ import elision
 from elision.denoise.compose import check, conflict
 from elision.denoise.methods.bac import BAC
 from elision.denoise.methods.easycache import EasyCache
+from elision.denoise.methods.ertacache import ERTACache
 from elision.denoise.methods.first_block import FirstBlock
 from elision.denoise.methods.profilingdit import ProfilingDiT
 from elision.denoise.methods.random_skip import RandomSkip
+from elision.denoise.methods.regione import RegionE
 from elision.denoise.methods.stale import Stale
 from elision.denoise.methods.taylorseer import TaylorSeer
 from elision.denoise.methods.teacache import TeaCache
@@ -29,10 +31,12 @@ from tests.models import Loop, changed, snapshot
 
 quiet = pytest.mark.filterwarnings("ignore::elision.errors.ElisionWarning")
 
+ERTA = ERTACache(reused=(2, 3), phi=0.5, rectify="off")
 SKIP_SINGLES = ProfilingDiT(blocks=(2, 3), warmup_steps=2, schedule="uniform", interval=3)
 LEGAL: list[list[Method]] = [
     [EasyCache(threshold=0.6, warmup_steps=2), TaylorSeer(interval=3, first_enhance=1)],
     [TaylorSeer(interval=3, first_enhance=1), EasyCache(threshold=0.6, warmup_steps=2)],
+    [TeaCache(threshold=0.5, coefficients=(1.0, 0.0)), TaylorSeer(interval=3, first_enhance=1)],
     [RandomSkip(rate=0.4), Uniform(interval=2, site="stack")],
     [EasyCache(threshold=0.6, warmup_steps=2), FirstBlock(threshold=1.5)],
     [Uniform(interval=4, site="stack"), TaylorSeer(interval=6, first_enhance=1)],
@@ -48,6 +52,13 @@ ILLEGAL: list[tuple[list[Method], str]] = [
     ([TeaCache(), EasyCache()], "does not tolerate gaps"),
     ([EasyCache(), BAC(schedule="uniform")], "does not tolerate gaps"),
     ([SKIP_SINGLES, BAC(schedule="uniform")], "does not tolerate gaps"),
+    ([RegionE(preset="kontext"), EasyCache()], "one skips .*does not tolerate gaps"),
+    ([RegionE(preset="kontext"), TeaCache()], "one skips .*does not tolerate gaps"),
+    ([RegionE(preset="kontext"), RandomSkip()], "does not tolerate gaps"),
+    ([RegionE(preset="kontext"), TaylorSeer()], r"one skips .*kv.* must see every step"),
+    ([RegionE(preset="kontext"), TaylorSeer(site="head")], r"one skips .*kv.* must see every step"),
+    ([RegionE(preset="kontext"), BAC(schedule="uniform")], "does not tolerate gaps"),
+    ([RegionE(preset="kontext"), ERTA], "does not tolerate gaps"),
     ([SKIP_SINGLES, EasyCache()], "does not tolerate gaps"),
     ([Uniform(), BAC(schedule="uniform")], "both decide"),
     ([Uniform(interval=2), Uniform(interval=3)], "twice"),
@@ -188,6 +199,7 @@ def test_every_pair_of_methods_has_an_answer() -> None:
 # -- the pure function -----------------------------------------------------------------------------------------------
 
 SITES = [
+    Site("guided", "guided", ""),
     Site("model", "model", ""),
     Site("head", "head", "out", blocks=("b.0", "b.1")),
     Site("stack", "stack", "b.1", blocks=("b.0", "b.1")),
@@ -196,7 +208,9 @@ SITES = [
     Site("b.0.ff", "branch", "b.0.ff"),
     Site("b.1.attn", "branch", "b.1.attn"),
     Site("b.10.attn", "branch", "b.10.attn"),
+    Site("b.0.kv", "kv", "b.0.attn"),
 ]
+BY_KEY = {site.key: site for site in SITES}
 claims = st.builds(
     Claims,
     decides=st.frozensets(st.sampled_from(SITES), max_size=3),
@@ -208,11 +222,10 @@ claims = st.builds(
 
 @given(a=claims, b=claims)
 def test_conflict_is_symmetric_and_as_written(a: Claims, b: Claims) -> None:
-    nested = {("model", s.key) for s in SITES} | {
-        ("head", key) for key in ("head", "stack", "run", "b.0.attn", "b.0.ff", "b.1.attn")
-    }
-    nested |= {("stack", key) for key in ("stack", "run", "b.0.attn", "b.0.ff", "b.1.attn")} | {("run", "b.1.attn")}
-    nested |= {(s.key, s.key) for s in SITES}
+    inside = {"run", "b.0.attn", "b.0.ff", "b.1.attn", "b.0.kv"}
+    nested = {(outer, s.key) for s in SITES[1:] for outer in ("guided", "model")}
+    nested |= {("head", key) for key in inside | {"head", "stack"}} | {("stack", key) for key in inside | {"stack"}}
+    nested |= {("run", "b.1.attn"), ("b.0.attn", "b.0.kv")} | {(s.key, s.key) for s in SITES}
 
     def hides(outer: Claims, inner: Claims) -> bool:
         return any((o.key, i.key) in nested for o in outer.decides for i in inner.decides)
@@ -220,12 +233,13 @@ def test_conflict_is_symmetric_and_as_written(a: Claims, b: Claims) -> None:
     want = bool(a.decides & b.decides) or bool(a.controls & b.controls)
     for outer, inner in ((a, b), (b, a)):
         want |= hides(outer, inner) and (inner.needs_every_step or not inner.tolerates_gaps)
+        want |= "tokens" in outer.controls and any(s.level not in ("guided", "model") for s in inner.decides)
     assert bool(conflict(a, b)) == want
     assert bool(conflict(b, a)) == want
 
 
 def test_block_one_does_not_contain_block_ten() -> None:
-    run, attn, other = SITES[3], SITES[6], SITES[7]
+    run, attn, other = BY_KEY["run"], BY_KEY["b.1.attn"], BY_KEY["b.10.attn"]
     assert run.contains(attn)
     assert not run.contains(other)
     assert conflict(Claims(frozenset([run])), Claims(frozenset([other]))) is None
@@ -233,13 +247,14 @@ def test_block_one_does_not_contain_block_ten() -> None:
 
 
 def test_check_names_the_pair() -> None:
-    one = Claims(frozenset(SITES[:1]))
+    one = Claims(frozenset([BY_KEY["model"]]))
     with pytest.raises(Conflict, match="x and z cannot be applied together: both decide model"):
         check([("x", one), ("y", Claims(frozenset())), ("z", one)])
     with pytest.raises(Conflict, match="both hold dt"):
         check([("x", Claims(frozenset(), frozenset({"dt"}))), ("y", Claims(frozenset(), frozenset({"dt", "time"})))])
+    inner = frozenset([BY_KEY["b.0.attn"]])
     with pytest.raises(Conflict, match="must see every step"):
-        check([("x", one), ("y", Claims(frozenset(SITES[4:5]), needs_every_step=True, tolerates_gaps=True))])
+        check([("x", one), ("y", Claims(inner, needs_every_step=True, tolerates_gaps=True))])
 
 
 # -- two denoisers ---------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from tests.golden import Case, cases
 from tests.models import KINDS, Loop, changed, draw, snapshot
 
 GOLDEN = cases("profilingdit")
-BLOCKED = [kind for kind, about in KINDS.items() if about.blocks]
+BLOCKED = [kind for kind, about in KINDS.items() if about.blocks and not about.edits]
 STEPS = 9
 EARLY: dict[str, Any] = {"warmup_steps": 2, "schedule": "uniform", "interval": 3}  # refresh 2, 5, 8
 idle = pytest.mark.filterwarnings("ignore::elision.errors.ElisionWarning")

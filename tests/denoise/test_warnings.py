@@ -9,7 +9,7 @@ import pytest
 
 import elision
 from elision.errors import ElisionWarning
-from tests.conformance.settings import ACTIVE, LIMITS, STEPS, Options, apply, cases
+from tests.conformance.settings import ACTIVE, LIMITS, STEPS, Options, apply, cases, home
 from tests.models import Loop
 
 EXPECTED: dict[str, str] = {
@@ -24,6 +24,7 @@ EXPECTED: dict[str, str] = {
     "stale": "7 interval over",
     "taylorseer": "5 interval over",
     "random_skip": "7 drawn",
+    "regione": "8 warm-up",
 }
 
 
@@ -37,7 +38,7 @@ def caught(run: elision.Applied, loop: Loop, **how: object) -> list[str]:
 
 @pytest.mark.parametrize("method", sorted(LIMITS))
 def test_nothing_elided_warns_once_with_numbers(method: str) -> None:
-    loop = Loop("flux")
+    loop = Loop(home(method))
     with apply(loop, method, LIMITS[method][0]) as run:
         texts = caught(run, loop)
         assert len(texts) == 1
@@ -57,7 +58,7 @@ def all_warm_up(method: str) -> Options | None:
 @pytest.mark.parametrize("method", sorted(m for m in LIMITS if all_warm_up(m)))
 def test_all_warm_up_says_warm_up(method: str) -> None:
     options = all_warm_up(method) or {}
-    loop = Loop("flux")
+    loop = Loop(home(method))
     with apply(loop, method, options) as run:
         (text,) = caught(run, loop)
     assert f"{STEPS} warm-up" in text

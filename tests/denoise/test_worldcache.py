@@ -62,7 +62,7 @@ class Played:
             assert isinstance(state, WorldState)
             state._close()
             self.drift.append(state.drift)
-            branch = state.branches[""]
+            branch = state.branches["", ""]
             if n in model.calls and branch.kappa is not None:
                 state._regroup(n)
                 assert branch.group is not None
@@ -349,7 +349,7 @@ def test_two_modalities_of_an_exact_flow() -> None:
         x = x + (following - t) * model(hidden_states=x, timestep=torch.tensor([1000 * t]))
         state = run.hosts[0].groups[0].schedule
         assert isinstance(state, WorldState)
-    branch = state.branches[""]
+    branch = state.branches["", ""]
     assert branch.kappa is not None
     assert branch.kappa.shape == (4, 2 * 64)
     run.remove()

@@ -58,6 +58,20 @@ def test_blocks_from_left_to_right_and_equal_parts() -> None:
     assert [(s.n, s.i, s.start, s.end) for s in script.steps[3:6]] == [(3, 3, 4, 10), (4, 0, 10, 16), (5, 1, 10, 16)]
 
 
+def test_a_block_ends_when_nothing_is_left_to_decide() -> None:
+    """More scheduled calls than tokens: the first ones commit one each, and no call is made for nothing."""
+    out, script = sample(gen_length=6, steps=16, block_length=3)
+    assert [len(c) for c in order_of(script, out)] == [1] * 6
+    assert [(s.n, s.i, s.start) for s in script.steps] == [
+        (0, 0, 4),
+        (1, 1, 4),
+        (2, 2, 4),
+        (3, 0, 7),
+        (4, 1, 7),
+        (5, 2, 7),
+    ]
+
+
 def test_low_confidence_commits_the_most_probable_first() -> None:
     out, script = sample(gen_length=8, steps=4)
     best = confidence(table(12)[4:])

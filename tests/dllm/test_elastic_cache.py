@@ -56,22 +56,27 @@ def test_force_full_is_the_uncached_window_decoder_bit_for_bit(kind: str, shift:
     assert report.full_calls == report.calls
 
 
-def test_a_window_over_everything_with_every_row_queried_is_uncached() -> None:
-    """β ≥ |M| at the first calls: masks and prompt in Q; logits then differ from uncached only by stale prompt rows."""
-    lm, ids = lm_of("mha", layers=L), prompts(1, 1)  # a prompt of one token is tracked, so it is always in Q
-    plain = dllm.generate(lm, ids, gen_length=8, window=8, threshold=0.99)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_window_over_everything_with_every_row_queried_is_uncached(kind: str) -> None:
+    """β ≥ |M| and Q = I: reuse overwrites every row, so its logits are those of a plain pass, whatever is decided."""
+    lm, ids = lm_of(kind, layers=L), prompts(1, 2)
     logits: list[Tensor] = []
-    out, report = run(lm, ids, gen=8, beta=8, eps=0.99, gamma=-1, on_step=lambda s, x, n: logits.append(x))
+    true: list[Tensor] = []
+
+    def on_step(step: Step, got: Tensor, net: Net) -> None:
+        logits.append(got)
+        true.append(lm.logits(step.ids).gather(1, step.need.pos[:, :, None].expand(-1, -1, got.shape[-1])))
+
+    # as many tracked tokens as there are positions, so that all decided ones are in Q besides all masks
+    with pytest.warns(ElisionWarning, match="elided nothing"):
+        out, report = run(lm, ids, gen=8, beta=8, eps=1.5, gamma=-1, track=10, on_step=on_step)
     assert report.last is not None
-    first = report.last.query[1, 0]
-    assert bool(first.all())
-    assert torch.allclose(logits[0], dllm_logits(lm, ids, 8), atol=1e-4)
-    assert out.shape == plain.shape
-
-
-def dllm_logits(lm: dllm.MaskedLM, ids: Tensor, gen: int) -> Tensor:
-    whole = torch.cat((ids, torch.full((1, gen), lm.mask_id)), 1)
-    return lm.logits(whole)[:, ids.shape[1] :]
+    assert bool(report.last.query.all())
+    assert report.last.depth.tolist() == [0] + [L] * (len(logits) - 1)
+    assert len(logits) == 8
+    for ours, plain in zip(logits, true, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-4, rtol=0)
+    assert torch.equal(out, dllm.generate(lm, ids, gen_length=8, threshold=1.5))
 
 
 @pytest.mark.parametrize("shift", [False, True])

@@ -248,6 +248,19 @@ def test_one_token_too_many_in_the_prompt() -> None:
     assert kept == list(range(kept[0], 60)), "token after token from the head"
 
 
+def test_a_prompt_of_which_the_release_drops_nothing() -> None:
+    """Its deletion point is set where it merges only: the first token goes, time after time. Paper: the fixed place."""
+    weights = torch.rand(1, 1, 40, 40).tril()
+    paper, released = Rig(ElasticCache(ratio=0.02)), Rig(ElasticCache(ratio=0.02, mode="released"))
+    for rig in (paper, released):
+        feed(rig, 0, weights)
+        assert rig.book.stores[0].intact
+        for step in range(110):
+            feed(rig, 0, torch.zeros(1, 1, 1, 41 + step))
+    assert released.kept()[0, 0].tolist() == list(range(3, 150))
+    assert paper.kept()[0, 0].tolist() == [j for j in range(150) if j not in (15, 16, 17)]
+
+
 def test_the_point_for_which_the_release_breaks() -> None:
     rig = Rig(ElasticCache(ratio=0.5, mode="released"))
     feed(rig, 0, torch.rand(1, 1, 48, 48).tril())  # 48 - 24 - 25

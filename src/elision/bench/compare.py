@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from elision.bench.judging import Judging
-from elision.bench.measure import Sample, run_method, run_plain
+from elision.bench.measure import Sample, regions_of, run_method, run_plain
+from elision.bench.peers import Peer
 from elision.bench.spec import Spec, parse, parse_many
 from elision.bench.subject import Subject, load_subject
 from elision.bench.summary import Arm, Comparison, Kind
-from elision.errors import OptionError
+from elision.errors import MissingDependency, OptionError, UnsupportedTarget
 
 __all__ = ["AUTO", "Arm", "Comparison", "compare_denoise"]
 
@@ -56,37 +57,46 @@ def compare_denoise(
 
     Args:
         model: a zoo name, a hub id, a local path, a loaded pipeline or a `Subject`.
-        methods: texts like "taylorseer:interval=3", or "auto".
+        methods: texts like "taylorseer:interval=3", or "auto": what the subject names, or `AUTO`.
         steps: one number of steps or several; by default the model's own.
         seeds: how many, or which; by default 5. Of a policy, episodes of every task; by default 50.
         prompts: one per image of a batch. Of a policy, its tasks.
         batch: images per run.
         guidance: guidance scale.
         controls: whether to add `uniform`, `random_skip` and `stale` at matched cost.
-        keep_images: how many images of the first seed the result keeps for the report.
+        keep_images: how many images of the first seed the result keeps for the report; of videos half as many.
         arguments: more keyword arguments of the pipeline's call.
         progress: told how many of how many runs are done, and what runs next.
     """
-    specs = parse_many(AUTO if methods == "auto" else methods)
+    specs = [] if methods == "auto" else parse_many(methods)
     if seeds is not None and not _seeds(seeds):
         raise OptionError("seeds=0 is out of range; it must be at least 1")
     subject = load_subject(model, prompts=prompts, batch=batch, guidance=guidance, arguments=dict(arguments or {}))
     if subject.kind == "policy":
         policy = importlib.import_module("elision.bench.policy")
-        chosen = parse_many(policy.AUTO) if methods == "auto" else specs
+        chosen = parse_many(subject.auto or policy.AUTO) if methods == "auto" else specs
+        others = [spec.label for spec in chosen if isinstance(spec.method, Peer)]
+        if others:
+            raise UnsupportedTarget(
+                f"{others[0]} has no place for a policy: other libraries cache pipelines of diffusers"
+            )
         episodes = _seeds(50 if seeds is None else seeds)
         return policy.compare(  # type: ignore[no-any-return]
             subject, chosen, steps=steps, seeds=episodes, controls=controls, progress=progress
         )
+    specs = parse_many(subject.auto or AUTO) if methods == "auto" else specs
     numbers = _seeds(5 if seeds is None else seeds)
     grids = [subject.steps] if steps is None else [steps] if isinstance(steps, int) else list(steps)
     if any(total < 1 for total in grids):
         raise OptionError(f"steps={min(grids)} is out of range; it must be at least 1")
     judge = Judging(subject)
     arms: list[Arm] = []
+    missing: list[str] = []
     for place, total in enumerate(grids):
         told = _scaled(progress, place, len(grids))
-        arms += _Race(subject, total, numbers, keep_images, judge).run(specs, controls, told)
+        race = _Race(subject, total, numbers, keep_images, judge)
+        arms += race.run(specs, controls, told)
+        missing += [note for note in race.missing if note not in missing]
     return Comparison(
         model=subject.name,
         prompts=[str(p) for p in subject.prompts],
@@ -94,7 +104,11 @@ def compare_denoise(
         steps=grids,
         seeds=numbers,
         arms=arms,
-        notes=judge.notes(len(numbers) * len(subject.prompts)),
+        notes=[*judge.notes(len(numbers) * len(subject.prompts)), *missing],
+        kind=subject.kind,
+        frames=race.frames,
+        references=subject.references,
+        masks=subject.masks,
     )
 
 
@@ -116,11 +130,13 @@ class _Race:
     keep: int
     judge: Judging
     plain: dict[tuple[int, int], tuple[Tensor, Sample]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    frames: int = 1
 
     def run(self, specs: Sequence[Spec], controls: bool, progress: Progress) -> list[Arm]:
         """Warm up, race all seeds, and return the arms: baseline, methods, controls, fewer steps."""
         arms, counts = self._warm_up(specs, progress)
-        if controls:
+        if controls and counts:
             for text in matched_controls(sorted(counts)[len(counts) // 2], self.total):
                 if parse(text).label not in {arm.label for arm in arms}:
                     arms.append(Arm("control", parse(text).label, self.total, spec=parse(text)))
@@ -138,6 +154,8 @@ class _Race:
                     self.subject, arm.spec.method, self.total, seed, arm.spec.profile
                 )
                 arm.samples.append(sample)
+                if turn == 0:
+                    arm.regions = regions_of(report)
                 self._plain(sample.equal_steps, seed)
                 done += 2
                 if report.flops_computed is not None and report.flops_elided is not None:
@@ -156,7 +174,13 @@ class _Race:
             kind: Kind = "control" if spec.method.control else "method"
             if spec.label in {arm.label for arm in arms}:
                 continue
-            _, sample, _ = run_method(self.subject, spec.method, self.total, seed, spec.profile)
+            try:
+                _, sample, _ = run_method(self.subject, spec.method, self.total, seed, spec.profile)
+            except (MissingDependency, UnsupportedTarget) as error:
+                if not isinstance(spec.method, Peer):
+                    raise
+                self.missing.append(f"{spec.label} is left out: {error}")
+                continue
             arms.append(Arm(kind, spec.label, self.total, spec=spec))
             counts.append(sample.equal_steps)
         return arms, counts
@@ -188,11 +212,14 @@ class _Race:
                     picture, sample = self._plain(steps, seed)
                     images[control.label, seed] = picture
                     control.samples.append(Sample(**vars(sample)))
+        drawn_at_once = len(images["baseline", self.seeds[0]])
+        self.frames = drawn_at_once // len(self.subject.prompts) if self.subject.kind == "video" else 1
+        kept = self.keep if self.frames == 1 else max(1, self.keep // 2) * self.frames
         ordered = [baseline, *sorted(arms, key=lambda a: a.kind != "method"), *sorted(fewer.values(), key=_cost)]
         for arm in ordered:
             drawn = [images[arm.label, seed] for seed in self.seeds]
             self.judge.judge(arm, drawn, [images["baseline", seed] for seed in self.seeds])
-            arm.images = drawn[0][: self.keep].clone()
+            arm.images = drawn[0][:kept].clone()
         return ordered
 
 

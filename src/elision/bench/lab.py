@@ -135,8 +135,8 @@ class Lab:
         return found
 
     def counts_at(self, method: Method, steps: int, seed: int) -> int:
-        """How many steps a method computed from one seed."""
-        return self.run(method, steps, seed)[1].equal_steps
+        """How many steps a method decided to compute from one seed."""
+        return max(1, round(self.run(method, steps, seed)[1].steps_decided))
 
     def counts(self, method: Method, steps: int) -> list[int]:
         """How many steps a method computed, per seed."""
@@ -149,7 +149,7 @@ class Lab:
             report = self.run(method, steps, seed)[2]
             mine, left = report.flops_computed, report.flops_elided
             if mine is None or left is None:
-                found.append(self.run(method, steps, seed)[1].equal_steps)
+                found.append(self.counts_at(method, steps, seed))
             else:
                 found.append(max(1, -(-mine * steps // (mine + left))))
         return found

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import elision
+from elision.bench.peers import Peer, run_peer
 from elision.bench.subject import Subject
 from elision.denoise.report import DenoiseReport
 from elision.errors import ElisionWarning
@@ -24,7 +26,10 @@ class Sample:
         seed: of the noise.
         steps: steps of the run.
         seconds: wall time of the pipeline's call.
-        steps_computed: steps that were computed; a step in which only some sites were counts by their share.
+        steps_computed: steps of a plain run with as many operations of the denoiser (of steps, where those cannot be
+            counted).
+        steps_decided: steps that a method decided to compute; a step in which only some sites were counts by their
+            share, whatever else ran in it.
         calls: times the denoiser really ran; None until a method on the same model has told.
         flops: operations of the denoiser, where they can be counted.
         bytes_peak: the most that the method held.
@@ -53,6 +58,7 @@ class Sample:
     standing_in: float = 0.0
     deciding: float = 0.0
     notes: list[str] = field(default_factory=list)
+    steps_decided: float = 0.0
 
     @property
     def equal_steps(self) -> int:
@@ -60,7 +66,8 @@ class Sample:
         return max(1, round(self.steps_computed))
 
 
-def _computed(report: DenoiseReport) -> float:
+def _decided(report: DenoiseReport) -> float:
+    """Steps by decisions."""
     outputs = report.outputs_computed + report.outputs_stood_in
     return report.steps * report.outputs_computed / outputs if outputs else float(report.steps)
 
@@ -68,7 +75,7 @@ def _computed(report: DenoiseReport) -> float:
 def run_plain(subject: Subject, steps: int, seed: int) -> tuple[Tensor, Sample]:
     """Sample without any method."""
     images, seconds = subject.sample(steps, seed)
-    return images, Sample(seed, steps, seconds, steps, states=["computed"] * steps)
+    return images, Sample(seed, steps, seconds, steps, states=["computed"] * steps, steps_decided=steps)
 
 
 def run_method(
@@ -78,21 +85,40 @@ def run_method(
 
     A run that elides nothing is a result here, not a mistake: the library's warning becomes a note of the sample.
     """
+    if isinstance(method, Peer):
+        images, seconds, report = run_peer(subject, method, steps, seed)
+        return images, _sample(seed, steps, seconds, report), report
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ElisionWarning)
         options: dict[str, Any] = {} if profile is None else {"profile": profile}
         with elision.apply(subject.pipe, method, **options) as run:
             images, seconds = subject.sample(steps, seed)
-        report = run.report()
-    assert isinstance(report, DenoiseReport)
+        found = run.report()
+    assert isinstance(found, DenoiseReport)
     for other in caught:
         if not issubclass(other.category, ElisionWarning):
             warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
-    sample = Sample(
+    return images, _sample(seed, steps, seconds, found), found
+
+
+def regions_of(report: DenoiseReport) -> Tensor | None:
+    """Where a method saw something to edit in its latest run: [B, h, w] bool, None where it does not say.
+
+    It says so in its run's `extra`: `mask` holds 0 and 1 for every token, image by image and row by row.
+    """
+    extra = getattr(report.last, "extra", {})
+    shown = [entry["mask"] for entry in extra.values() if "mask" in entry]
+    return torch.tensor(shown[0], dtype=torch.bool) if shown else None
+
+
+def _sample(seed: int, steps: int, seconds: float, report: DenoiseReport) -> Sample:
+    mine, left, decided = report.flops_computed, report.flops_elided, _decided(report)
+    known = mine is not None and left is not None and mine + left > 0
+    return Sample(
         seed,
         steps,
         seconds,
-        _computed(report),
+        steps * mine / (mine + left) if known else decided,  # type: ignore[operator]
         report.calls - report.calls_elided,
         report.flops_computed,
         report.bytes_peak,
@@ -100,5 +126,5 @@ def run_method(
         standing_in=report.seconds.standing_in,
         deciding=report.seconds.deciding,
         notes=list(report.notes),
+        steps_decided=decided,
     )
-    return images, sample, report

@@ -1,4 +1,7 @@
-"""Methods as text: `easycache:threshold=0.1,warmup_steps=4` is the method `easycache` with two options set."""
+"""Methods as text: `easycache:threshold=0.1,warmup_steps=4` is the method `easycache` with two options set.
+
+`diffusers:pab,range=2` is a cache of another library (see `elision.bench.peers`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from elision.bench import peers
 from elision.errors import OptionError, UnknownName
 from elision.method import Method, find
 
@@ -38,7 +42,8 @@ class Spec:
         parts = [f"{key}={_text(value)}" for key, value in given.items()]
         if self.profile is not None:
             parts.append(f"profile={Path(self.profile).name}")
-        return self.name + (":" + ",".join(parts) if parts else "")
+        colon = "," if ":" in self.name else ":"
+        return self.name + (colon + ",".join(parts) if parts else "")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -49,11 +54,18 @@ class Spec:
 def parse(text: str) -> Spec:
     """Read one method; unknown names and options, and values out of range, raise the library's errors.
 
+    Caches of other libraries are `library:name,option=value`.
+
     Example:
         parse("taylorseer:interval=4,site=stack").method  ->  TaylorSeer(interval=4, site="stack")
     """
     name, _, rest = text.strip().partition(":")
-    cls = find(name)
+    cls: type[Method]
+    if name.replace("-", "_") in peers.LIBRARIES:
+        short, _, rest = rest.partition(",")
+        cls = peers.find(name.replace("-", "_"), short.strip())
+    else:
+        cls = find(name)
     options: dict[str, Any] = {}
     profile = None
     for part in _split(rest):
@@ -61,11 +73,15 @@ def parse(text: str) -> Spec:
         key = key.strip().replace("-", "_")
         if not equals or not value.strip():
             raise OptionError(f"{part!r} in {text!r} is not option=value")
-        if key == "profile":
+        if key == "profile" and not issubclass(cls, peers.Peer):
             profile = value.strip()
             continue
         if key not in cls.options():
-            raise UnknownName.of(f"option of {cls.name}", key, [*cls.options(), "profile"])
+            raise UnknownName.of(
+                f"option of {cls.name}",
+                key,
+                [*cls.options(), "profile"] if not issubclass(cls, peers.Peer) else cls.options(),
+            )
         options[key] = _value(cls.name, cls.options()[key], value.strip())
     return Spec(cls(**options), profile)
 

@@ -79,6 +79,7 @@ class Subject:
         masks: [B, H, W] bool, where an edit should change the image, or where the foreground is.
         grids: numbers of steps at which claims are tested.
         read: makes images [N, C, H, W] of the pipeline's output; by default `images_of`.
+        auto: methods that a comparison runs where none are named; by default those of `compare_denoise`.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Subject:
     masks: Tensor | None = None
     grids: tuple[int, ...] = (28, 50)
     read: Callable[[Any], Tensor] | None = None
+    auto: Sequence[str] = ()
 
     def sample(self, steps: int, seed: int) -> tuple[Tensor, float]:
         """Images [N, C, H, W] in [0, 1] drawn from the noise of `seed`, and the seconds it took.
@@ -235,7 +237,8 @@ def _wrap(name: str, pipe: Any, prompts: Sequence[Any] | None) -> Subject:
         raise UnsupportedTarget(f"{type(pipe).__name__} is no pipeline: compare needs one that draws images")
     known = inspect.signature(pipe.__call__).parameters
     classes = "class_labels" in known and "prompt" not in known
-    return Subject(name, pipe, prompts or ([207, 360, 387, 974] if classes else PROMPTS))
+    kind: Kind = "image" if _is_image_pipeline(pipe) else "video"
+    return Subject(name, pipe, prompts or ([207, 360, 387, 974] if classes else PROMPTS), kind=kind)
 
 
 def _from_pretrained(where: str) -> Any:

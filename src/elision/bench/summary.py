@@ -36,7 +36,8 @@ class Arm:
         equal_cost: label of the fewer-steps arm that computes as many steps.
         distance: Fréchet feature distance to the uncached samples, and
         distance_real: to real images.
-        images: the first images of the first seed, not written to result files.
+        images: the first images of the first seed, of videos all frames of the first few, and
+        regions: [B, h, w] bool, where the method saw something to edit in them; neither is written to result files.
         spec: the method; None for plain sampling and for arms that were read from a file.
     """
 
@@ -49,6 +50,7 @@ class Arm:
     distance_real: Estimate | None = None
     images: Tensor | None = field(default=None, repr=False, compare=False)
     spec: Spec | None = field(default=None, repr=False, compare=False)
+    regions: Tensor | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
     def measure(mine: Sequence[metrics.Array], reference: Sequence[metrics.Array]) -> Estimate:
@@ -108,6 +110,10 @@ class Comparison:
         arms: everything that ran, for every number of steps the baseline first.
         notes: what is missing and why.
         environment: what it was read from; empty for a fresh one.
+        kind: what a sample is: image, video, edit.
+        frames: of a video, 1 for others.
+        references: [B, C, H, W], what is shown beside the prompts: the images to edit, and
+        masks: [B, H, W] bool, the true regions; neither is written to result files.
     """
 
     model: str
@@ -118,6 +124,16 @@ class Comparison:
     arms: list[Arm]
     notes: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict, compare=False)
+    kind: str = "image"
+    frames: int = 1
+    references: Tensor | None = field(default=None, repr=False, compare=False)
+    masks: Tensor | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def samples(self) -> str:
+        """How many of what every arm drew: `40 images`."""
+        count = len(self.prompts) * len(self.seeds)
+        return f"{count} {self.kind}{'s' if count != 1 else ''}"
 
     def at(self, steps: int) -> list[Arm]:
         """The arms at one number of steps."""
@@ -129,7 +145,7 @@ class Comparison:
 
     def setting(self) -> dict[str, Any]:
         """What was asked for."""
-        names = ("model", "prompts", "guidance", "steps", "seeds", "notes")
+        names = ("model", "prompts", "guidance", "steps", "seeds", "notes", "kind", "frames")
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:

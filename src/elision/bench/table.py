@@ -63,9 +63,8 @@ def comparison_table(comparison: Comparison, steps: int, width: int | None = Non
     for name in _DISPENSABLE:
         if width is not None and width_of(columns, texts) > width and name in columns:
             columns.remove(name)
-    images = len(comparison.prompts) * len(comparison.seeds)
     table = Table(
-        title=f"{comparison.model}, {steps} steps, {images} images from {len(comparison.seeds)} seeds",
+        title=f"{comparison.model}, {steps} steps, {comparison.samples} from {len(comparison.seeds)} seeds",
         caption="± is half of a 95 % confidence interval over seeds · PSNR, SSIM and distance are against the uncached "
         "run from the same noise · Δ is PSNR minus that of plain sampling with as many steps as were computed",
         title_style="bold",

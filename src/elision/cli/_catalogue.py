@@ -135,6 +135,10 @@ def _denoise_calls(
     from elision.bench.subject import load_subject
 
     subject = load_subject(model, prompts=prompt)
+    if subject.kind == "policy":
+        policy = subject.pipe
+        rows = [policy.observations(number) for number in range(calls)]
+        return subject.name, policy.pipe, [lambda pipe, r=r: policy.answer(steps or subject.steps, r) for r in rows]
 
     def call(seed: int) -> Any:
         def run(pipe: Any) -> Any:
@@ -156,5 +160,5 @@ def _language_calls(model: str, prompt: list[str] | None, calls: int, length: in
     if prompt:
         rows = [subject.encode(text) for text in prompt]
     else:  # seeds that no comparison and no claim uses
-        rows = [tasks.continuation(subject, length, 20_000 + i, 0.5).turns[0].ids for i in range(calls)]
+        rows = [list(tasks.continuation(subject, length, 20_000 + i, 0.5).turns[0].ids) for i in range(calls)]
     return subject.name, subject.model, [subject.tensor([row]) for row in rows]

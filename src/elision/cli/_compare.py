@@ -42,7 +42,10 @@ def denoise(
     model: Annotated[str, typer.Option(help="Zoo name, hub id or local path of a pipeline.")] = "garments-flux",
     methods: Annotated[
         list[str] | None,
-        typer.Option(help='Methods with options, as in "taylorseer:interval=4,easycache:threshold=0.1"; repeatable.'),
+        typer.Option(
+            help='Methods with options, as in "taylorseer:interval=4,easycache:threshold=0.1", or caches of other '
+            'libraries, as in "diffusers:pab,range=2"; repeatable.'
+        ),
     ] = None,
     steps: Annotated[str | None, typer.Option(help='One or more numbers of steps, as in "28,50".')] = None,
     seeds: Annotated[

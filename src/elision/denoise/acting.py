@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from elision.denoise.policy import Decision, Group, Predictor, Schedule
-from elision.denoise.sites import Call, Site, argument, first_tensor, parameter_names
+from elision.denoise.sites import (
+    Call,
+    Site,
+    argument,
+    first_tensor,
+    join_tokens,
+    parameter_names,
+    split_tokens,
+)
 from elision.denoise.steps import Step
 from elision.errors import UnsupportedTarget
 from elision.hooks.diffusers import Form
@@ -95,7 +103,8 @@ class SiteRuntime:
         self._done = -1
         self._decision = _NO_HISTORY
         self._call: Call | None = None
-        self._names = {path: parameter_names(self.host.module(path)) for path in sorted(site.modules)}
+        self._modules = {path: self.host.module(path) for path in sorted(site.modules)}
+        self._names = {path: parameter_names(module) for path, module in self._modules.items()}
 
     def restart(self) -> None:
         """Forget the predictors of the last run."""
@@ -112,16 +121,23 @@ class SiteRuntime:
     # -- wraps ---------------------------------------------------------------------------------------------------
 
     def on_feeder(self, path: str) -> Callable[[Inner, Args, Kwargs], Any]:
-        """A module that only feeds the tail: zero width on a stand-in."""
+        """A module that only feeds the tail: zero width on a stand-in, in the form of its last output."""
+        forms: dict[str, tuple[bool, list[torch.Size | None]]] = {}
 
         def wrap(inner: Inner, args: Args, kwargs: Kwargs) -> Any:
-            if self.host.passive or not self._begin(path, args, kwargs).stand_in:
-                return inner(*args, **kwargs)
+            branch = self.host.step.branch
+            if self.host.passive or not self._begin(path, args, kwargs).stand_in or branch not in forms:
+                out = inner(*args, **kwargs)
+                several = out if isinstance(out, tuple) else (out,)
+                shapes = [part.shape[:-1] if isinstance(part, Tensor) else None for part in several]
+                forms[branch] = isinstance(out, tuple), shapes
+                return out
             if self.host.shadow:
                 with self.host.muted():  # the truth of this site; what lies inside it is not reached
                     return inner(*args, **kwargs)
-            x = first_tensor(args, kwargs)
-            return x.new_empty((*x.shape[:-1], 0))
+            x, (is_tuple, shapes) = first_tensor(args, kwargs), forms[branch]
+            empty = tuple(None if shape is None else x.new_empty((*shape, 0)) for shape in shapes)
+            return empty if is_tuple else empty[0]
 
         return wrap
 
@@ -174,16 +190,20 @@ class SiteRuntime:
         self._visit = host.visit
         names, adapter = self._names[path], host.host.adapter
         inputs: dict[str, Tensor] = {}
-        if self.site.level == "model":
-            x = argument(names, args, kwargs, adapter.latent)
+        entry = host.entries.get(self.site.entry)
+        if self.site.level in ("guided", "model"):
+            x = adapter.show(argument(names, args, kwargs, adapter.latent))
+            inputs = {name: adapter.show(argument(names, args, kwargs, name)) for name in adapter.others}
         elif self.site.blocks:
-            streams = adapter.spec(host.model, path).streams
-            inputs = {name: argument(names, args, kwargs, name) for name in streams}
+            spec = adapter.spec(host.model, path)
+            inputs = {name: argument(names, args, kwargs, name) for name in spec.streams}
             x = inputs[adapter.image]
+            if entry is not None and spec.joined is not None:
+                x = split_tokens(x, entry.shape[1], spec.joined)[0]
         else:
             x = first_tensor(args, kwargs)
-        entry = host.entries.get(self.site.entry)
-        self._call = Call(x, names, args, kwargs, host.module(path), entry, inputs)
+        sigmas = host.session.clock.sigmas if self.site.level == "guided" else ()
+        self._call = Call(x, names, args, kwargs, self._modules[path], entry, inputs, sigmas)
         decision = self.group.decide(self.site, self._call)
         host.renewed |= self.group.schedule.listens  # a criterion may keep something at every step
         if decision.stand_in and not self._ready():
@@ -193,8 +213,13 @@ class SiteRuntime:
         host.seconds.deciding += perf_counter() - started
         return decision
 
+    @property
+    def _branch(self) -> str:
+        """The guidance branch that the value belongs to."""
+        return self.host.step.branch
+
     def _ready(self) -> bool:
-        branch, step = self.host.step.branch, self.host.step
+        branch, step = self._branch, self.host.step
         mine = [p for (name, _), p in self.predictors.items() if name == branch]
         return bool(mine) and all(p.ready(step) for p in mine)
 
@@ -246,7 +271,7 @@ class SiteRuntime:
         if computed:
             self.group.observe(self.site, values.values())
         for stream, value in values.items():
-            key = (step.branch, stream)
+            key = (self._branch, stream)
             predictor = self.predictors.get(key)
             if predictor is None:
                 predictor = self.predictors[key] = self.group.predictor()
@@ -264,13 +289,21 @@ class SiteRuntime:
     def _split(self, out: Any) -> tuple[dict[str, Tensor], Any]:
         """The values that are kept, by stream, and the form to put stand-ins back into."""
         if self.site.level == "model":
+            adapter = self.host.host.adapter
             value, form = Form.split(out)
+            value = adapter.show(value)
             if not isinstance(value, Tensor):
                 raise UnsupportedTarget(
-                    f"{type(self.host.model).__name__} returned {type(value).__name__}, not a tensor: "
-                    "denoisers that return lists are not supported"
+                    f"{type(self.host.model).__name__} returned {type(value).__name__}, not a tensor: denoisers that "
+                    "return lists (or rows of several sizes) are not supported"
                 )
-            return {"": value}, form
+            more = zip(adapter.others, form.others, strict=False)
+            return {"": value} | {name: adapter.show(other) for name, other in more}, form
+        if self.site.joined is not None:
+            image, text = self._sides(self._call)
+            parts = split_tokens(out, self._call.inputs[image].shape[1], self.site.joined)  # type: ignore[union-attr]
+            both = dict(zip((image, text), parts, strict=True))
+            return {name: both[name] for name in self.site.only or (image, text)}, None
         if not isinstance(out, (tuple, list)):
             return {"": out} if len(self.site.streams) != 1 else {self.site.streams[0]: out}, None
         named = dict(zip(self.site.streams, out, strict=False))
@@ -281,10 +314,21 @@ class SiteRuntime:
 
     def _join(self, form: Any, values: dict[str, Tensor], call: Call) -> Any:
         if self.site.level == "model":
-            return form.join(values[""])
+            adapter = self.host.host.adapter
+            others = [adapter.give(values[name]) for name in adapter.others if name in values]
+            return form.carrying(others).join(adapter.give(values[""]))
+        if self.site.joined is not None:
+            image, text = (values.get(name, call.inputs[name]) for name in self._sides(call))
+            return join_tokens(image, text, self.site.joined)
         if form is None:
             return next(iter(values.values()))
         return tuple((values.get(name, call.inputs.get(name))) if there else None for name, there in form)
+
+    def _sides(self, call: Call | None) -> tuple[str, str]:
+        """The names of the image and of the text stream."""
+        assert call is not None
+        image = self.host.host.adapter.image
+        return image, next(name for name in call.inputs if name != image)
 
     def _compare(self, inner: Inner, args: Args, kwargs: Kwargs, values: dict[str, Tensor]) -> None:
         """Shadow mode: compute the true value and keep the relative error of the stand-in."""

@@ -8,23 +8,25 @@ None everything is as it was, bit for bit.
 A changed step is `sample + dt * velocity`, which is what flow-matching Euler does and no other scheduler: those are
 refused by name. The scheduler's own `step` still runs, for its counters, and its result is dropped. The time argument
 is scaled by the ratio of noise levels, which is right for denoisers whose time is proportional to it (in whatever
-unit); at the first call of a run that is checked. With live tokens the network is called on those rows of its token
-arguments (named by the adapter), and its output is zero elsewhere, so that an Euler step leaves the other tokens where
-they are.
+unit); at the first call of a run that is checked. With live tokens the network is called on those alone (see `live`),
+and what reaches the scheduler is zero elsewhere, whatever guidance made of it, so that an Euler step leaves the other
+tokens where they are.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from elision.denoise.acting import Args, Kwargs
+from elision.denoise.live import Live, LiveCalls, put
 from elision.denoise.policy import Plan
 from elision.denoise.sites import argument, parameter_names
-from elision.denoise.steps import Step
+from elision.denoise.steps import Step, step_names
 from elision.errors import OptionError, UnsupportedTarget
 from elision.hooks.diffusers import Form
 from elision.hooks.taps import Inner, Tap, tap_call, tap_method
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
     from elision.denoise.engine import DenoiseApplied
     from elision.denoise.runtime import HostRuntime
 
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
 What = Literal["dt", "time", "tokens"]
 EULER = "FlowMatchEulerDiscreteScheduler"
 
@@ -54,7 +54,8 @@ class Control:
             stood_in: whether a group of the same plan stood in for anything in this step.
 
         Returns:
-            A number, or a tensor that broadcasts against the latent: [1, L, 1] is a step size for every token.
+            A number, or a tensor that broadcasts against the latent: [1, L, 1] is a step size for every token, and
+            NaN in it leaves the scheduler's own.
         """
         return None
 
@@ -62,9 +63,16 @@ class Control:
         """The noise level that the network is told in this call; None leaves what the pipeline says."""
         return None
 
-    def tokens(self, step: Step) -> Tensor | None:
-        """Indices [N] of the image tokens that the network is given in this call; None gives it all."""
+    def tokens(self, step: Step) -> Live | None:
+        """Indices [N] of the image tokens that the network is given in this call; None gives it all.
+
+        A list of such tensors, one for each image, has the network called with one image at a time.
+        """
         return None
+
+    def keeps(self, step: Step) -> bool:
+        """Whether keys and values of all tokens are kept in this call, for the attention of calls with live tokens."""
+        return False
 
     def tensors(self) -> Iterable[Tensor]:
         """Tensors kept between steps, for the byte count."""
@@ -83,6 +91,8 @@ class Steering:
         self._session = session
         self._controls: dict[str, Control] = {}
         self._run = -1
+        self._lives: list[LiveCalls] = []
+        self._cut: tuple[int, Live | None] = (-1, None)  # the step and the live tokens of the last call
 
     def holds(self, what: What) -> str | None:
         """The method that holds one of the controls; there is at most one."""
@@ -90,12 +100,27 @@ class Steering:
 
     def forget(self) -> None:
         """Drop the controls of the run."""
-        self._controls, self._run = {}, -1
+        self._controls, self._run, self._cut = {}, -1, (-1, None)
+        for live in self._lives:
+            live.forget()
 
     def tensors(self) -> Iterable[Tensor]:
         """What the controls keep."""
         for control in self._controls.values():
             yield from control.tensors()
+        for live in self._lives:
+            yield from live.tensors()
+
+    @contextmanager
+    def peeking(self) -> Iterator[None]:
+        """While entered, calls with live tokens leave no trace in what is kept."""
+        for live in self._lives:
+            live.peeking = True
+        try:
+            yield
+        finally:
+            for live in self._lives:
+                live.peeking = False
 
     def notes(self) -> Iterable[str]:
         """Notes of the controls, with the name of their method."""
@@ -144,6 +169,23 @@ class Steering:
         """The taps on this scheduler; inside the clock's, so that a step is not over before it was changed."""
         return [] if self.holds("dt") is None else [tap_method(scheduler, "step", self._on_step)]
 
+    def blanking(self, scheduler: Any) -> list[Tap]:
+        """The tap that sets to zero what guidance made of tokens that were not live (0 / 0, where it is rescaled)."""
+        return [] if self.holds("tokens") is None else [tap_method(scheduler, "step", self._on_blank)]
+
+    def _on_blank(self, inner: Inner, args: Args, kwargs: Kwargs) -> Any:
+        step, (n, live) = self._session.clock.pending, self._cut
+        if step is None or step.n != n or live is None:
+            return inner(*args, **kwargs)
+        names = step_names(self._session.clock.scheduler)
+        velocity = argument(names, args, kwargs, "model_output")
+        alive = torch.zeros(len(velocity), velocity.shape[1], 1, dtype=torch.bool, device=velocity.device)
+        for rows, mine in [(alive, live)] if isinstance(live, Tensor) else zip(alive[:, None], live, strict=True):
+            rows.index_fill_(1, mine, True)
+        blank = torch.where(alive, velocity, velocity.new_zeros(()))
+        args, kwargs = put(names, args, kwargs, "model_output", blank)
+        return inner(*args, **kwargs)
+
     def _on_step(self, inner: Inner, args: Args, kwargs: Kwargs) -> Any:
         clock = self._session.clock
         step = clock.pending
@@ -155,14 +197,18 @@ class Steering:
         out = inner(*args, **kwargs)
         if dt is None:
             return out
-        given = inspect.signature(inner).bind(*args, **kwargs).arguments
-        if given.get("per_token_timesteps") is not None:
+        names = step_names(clock.scheduler)
+        if argument(names, args, kwargs, "per_token_timesteps") is not None:
             raise UnsupportedTarget(
                 f"{self.holds('dt')} changes the sampler's steps, and this pipeline gives every token a time of its "
                 "own (per_token_timesteps): turn that part of the method off"
             )
-        _, form = Form.split(out)
-        return form.join(euler(given["sample"], given["model_output"], dt))
+        nominal, form = Form.split(out)
+        sample, velocity = (argument(names, args, kwargs, name) for name in ("sample", "model_output"))
+        moved = euler(sample, velocity, dt)
+        if isinstance(dt, Tensor):
+            moved = torch.where(dt.to(moved.device).isnan(), nominal.to(moved.dtype), moved)
+        return form.join(moved)
 
     # -- the denoiser's call -------------------------------------------------------------------------------------
 
@@ -173,14 +219,18 @@ class Steering:
         adapter, name = host.host.adapter, type(host.model).__name__
         if self.holds("time") is not None and adapter.timestep is None:
             raise UnsupportedTarget(f"{self.holds('time')} changes the network's time, and {name} takes none")
-        if self.holds("tokens") is not None and not adapter.token_axes:
-            raise UnsupportedTarget(
-                f"{self.holds('tokens')} calls the denoiser with some of its tokens, which the adapter of {name} "
-                "does not know how to do"
-            )
-        return [tap_call(host.outer, self._on_call(host))]
+        holder, live = self.holds("tokens"), None
+        if holder is not None:
+            if not adapter.token_axes:
+                raise UnsupportedTarget(
+                    f"{holder} calls the denoiser with some of its tokens, which {name} cannot be: it {adapter.whole}"
+                )
+            live = LiveCalls(host, holder)
+            self._lives.append(live)
+            host.below |= live.paths
+        return [tap_call(host.outer, self._on_call(host, live)), *(live.taps() if live else ())]
 
-    def _on_call(self, host: HostRuntime) -> Callable[[Inner, Args, Kwargs], Any]:
+    def _on_call(self, host: HostRuntime, lives: LiveCalls | None) -> Callable[[Inner, Args, Kwargs], Any]:
         adapter, names = host.host.adapter, parameter_names(host.model)
         checked = [-1]
 
@@ -196,16 +246,15 @@ class Steering:
                 wanted = timing.time(step)
                 if wanted is not None:
                     args, kwargs = put(names, args, kwargs, adapter.timestep, given * (wanted / step.sigma))
-            live = None if cutting is None else cutting.tokens(step)
-            if live is None:
+            if cutting is None or lives is None:
                 return inner(*args, **kwargs)
-            count = argument(names, args, kwargs, adapter.latent).shape[adapter.token_axes[adapter.latent]]
-            for name, axis in adapter.token_axes.items():
-                value = argument(names, args, kwargs, name)
-                if isinstance(value, Tensor):
-                    args, kwargs = put(names, args, kwargs, name, value.index_select(axis, live))
-            value, form = Form.split(inner(*args, **kwargs))
-            return form.join(scatter(value, live, count))
+            live = cutting.tokens(step)
+            self._cut = (step.n, live)
+            if live is None:
+                return lives.whole(inner, args, kwargs, cutting.keeps(step))
+            if not lives.peeking:
+                self._session.tally(step, lives.holder).partial += 1
+            return lives.cut(inner, args, kwargs, live)
 
         return wrap
 
@@ -224,20 +273,6 @@ def euler(sample: Tensor, velocity: Tensor, dt: float | Tensor) -> Tensor:
         velocity = velocity.float() if velocity.dtype != size.dtype else velocity
         return (sample.float() + size * velocity).to(sample.dtype)
     return (sample.float() + size * velocity).to(velocity.dtype)
-
-
-def scatter(rows: Tensor, live: Tensor, count: int) -> Tensor:
-    """Tokens [B, N, C] at the places `live` [N] of `count` tokens, zero elsewhere."""
-    full = rows.new_zeros(rows.shape[0], count, *rows.shape[2:])
-    return full.index_copy_(1, live, rows)
-
-
-def put(names: tuple[str, ...], args: Args, kwargs: Kwargs, name: str, value: Any) -> tuple[Args, Kwargs]:
-    """The arguments with another value for `name`, wherever it stands in the call."""
-    place = names.index(name)
-    if name not in kwargs and place < len(args):
-        return (*args[:place], value, *args[place + 1 :]), kwargs
-    return args, {**kwargs, name: value}
 
 
 def _check_time(given: Any, sigma: float, model: str, holder: str | None) -> None:

@@ -23,11 +23,12 @@ from elision.denoise.policy import DenoiseMethod, Host, Plan
 from elision.denoise.report import DenoiseReport, RunRecord, StepRecord, Tally
 from elision.denoise.runtime import HostRuntime
 from elision.denoise.steps import Clock, Context, Step
-from elision.errors import ClockError, ElisionWarning, OptionError, ProfileError
+from elision.errors import ClockError, ElisionWarning, OptionError, ProfileError, UnsupportedTarget
 from elision.hooks.diffusers import (
     Target,
     inspect_target,
     is_set_up,
+    is_stock,
     tap_cache_context,
     tap_scheduler,
     tappable,
@@ -168,6 +169,8 @@ class DenoiseApplied(Applied):
     def _install(self, plans: list[tuple[Host, torch.nn.Module, list[Plan]]]) -> None:
         self.steering = Steering(dict(zip((m.name for m in self.methods), plans[0][2], strict=True)), self)
         self.steering.check(self.target.scheduler)
+        if not self.clock.branches and is_stock(self.target.pipeline):
+            self.clock.branches = plans[0][0].adapter.calls
         for host, module, mine in plans:
             self._own(host.model)
             groups = [group for plan in mine for group in plan.groups]
@@ -196,7 +199,12 @@ class DenoiseApplied(Applied):
             self._taps.remove(tap)
         self.steering.check(scheduler)
         self.clock.scheduler = scheduler
-        self._scheduler_taps = [*tap_scheduler(scheduler, self._begin, self._advance), *self.steering.taps(scheduler)]
+        self._scheduler_taps = [  # the outermost first
+            *tap_scheduler(scheduler, self._begin, self._advance),
+            *self.steering.blanking(scheduler),
+            *(tap for host in self.hosts for tap in host.step_taps(scheduler)),
+            *self.steering.taps(scheduler),
+        ]
         self._taps.extend(self._scheduler_taps)
         return True
 
@@ -283,7 +291,9 @@ class DenoiseApplied(Applied):
         """The tally of a group in the current step."""
         assert self._run is not None
         groups = self._run.steps[-1].groups
-        return groups.setdefault(group, Tally())
+        if group not in groups:
+            groups[group] = Tally()
+        return groups[group]
 
     def weigh(self) -> None:
         """Count the bytes that are kept, after a call."""
@@ -315,6 +325,8 @@ class DenoiseApplied(Applied):
             return
         for record in run.steps:
             _add(self._totals, record)
+        for group in (group for host in self.hosts for group in host.groups):
+            run.extra.update({group.group.name: shown} if (shown := group.schedule.extra()) else {})
         self._note_schedules()
         self._note_not_finite()
         numbers = {g.group.name: g.schedule.numbers() for h in self.hosts for g in h.groups}
@@ -343,7 +355,9 @@ class DenoiseApplied(Applied):
                 self._note(f"run {run}: {len(bad)} outputs of the denoiser were not finite, the first at {where}")
 
     def _warn_if_idle(self, run: RunRecord, numbers: Mapping[str, str]) -> None:
-        if not run.steps or any(tally.stood_in for record in run.steps for tally in record.groups.values()):
+        if not run.steps or any(
+            tally.stood_in or tally.partial for record in run.steps for tally in record.groups.values()
+        ):
             return
         if self._broke_off or (run.total is not None and len(run.steps) < run.total):
             return  # it had no chance, and under -W error the warning would hide what really happened
@@ -382,7 +396,8 @@ class DenoiseApplied(Applied):
         totals = dict(self._totals)
         for record in [] if self._run is None else self._run.steps:
             _add(totals, record)
-        elided = sum(n for book in self._books for (_, site), n in book.stood_in.items() if site.level == "model")
+        whole = ("guided", "model")
+        elided = sum(n for book in self._books for (_, site), n in book.stood_in.items() if site.level in whole)
         return DenoiseReport(
             methods=[str(m) for m in self.methods],
             target=self.target.name,
@@ -411,6 +426,11 @@ class DenoiseApplied(Applied):
         """
         self._open("compile()")
         for host in self.hosts:
+            if host.below:
+                raise UnsupportedTarget(
+                    f"{self.steering.holds('tokens')} reads keys and values inside attention, which a compiled region "
+                    "would hide: run it uncompiled"
+                )
             paths = host.inner_paths
             above = {path[:i] for path in paths for i, letter in enumerate(path) if letter == "."}
             finest = {id(host.module(path)) for path in paths - above} or {id(host.outer)}

@@ -65,6 +65,10 @@ class Schedule(ABC):
         """What happened in this run that the report should say."""
         return ()
 
+    def extra(self) -> dict[str, Any]:
+        """What there is to show of this run, as plain data (a mask, a table of decisions), for the report."""
+        return {}
+
 
 class Predictor(ABC):
     """How to stand in. The session makes one per site, branch and stream for the length of a run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from elision.session import Report
 
@@ -13,11 +13,12 @@ State = Literal["computed", "reused", "predicted", "mixed"]
 
 @dataclass
 class Tally:
-    """What happened at the sites of one group in one step."""
+    """What happened at the sites of one group in one step; `partial` counts calls with some of the tokens."""
 
     computed: int = 0
     reused: int = 0
     predicted: int = 0
+    partial: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -27,8 +28,8 @@ class Tally:
 
     @property
     def state(self) -> State:
-        """One word for the step: mixed if some sites were computed and some not."""
-        if self.computed and self.stood_in:
+        """One word for the step: mixed if some sites, or some tokens, were computed and some not."""
+        if self.partial or (self.computed and self.stood_in):
             return "mixed"
         if self.predicted:
             return "predicted"
@@ -53,11 +54,12 @@ class StepRecord:
 
 @dataclass
 class RunRecord:
-    """One pass through the timesteps."""
+    """One pass through the timesteps; `extra` is what a method has to show of it, as plain data by its name."""
 
     number: int
     total: int | None
     steps: list[StepRecord] = field(default_factory=list)
+    extra: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def states(self) -> list[State]:
         """The state of every step in order."""

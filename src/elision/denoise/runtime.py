@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from elision.denoise.acting import Args, GroupRuntime, Kwargs, SiteRuntime
 from elision.denoise.flops import FlopBook
+from elision.denoise.guided import GuidedRuntime
 from elision.denoise.policy import Group, Host
 from elision.denoise.report import ShadowError, Tally
 from elision.denoise.sites import argument, parameter_names
 from elision.denoise.steps import Step
 from elision.errors import TapDisplaced, UnsupportedTarget
 from elision.hooks.diffusers import Form, unwrap
-from elision.hooks.taps import Inner, Tap, is_compiled, tap_call
+from elision.hooks.taps import Inner, Tap, is_compiled, tap_call, tap_method
 
 if TYPE_CHECKING:
     from elision.denoise.engine import DenoiseApplied
@@ -44,10 +45,15 @@ class HostRuntime:
         self.shadow_errors: list[tuple[int, int, str, str, Tensor]] = []
         self.finite: list[tuple[int, int, str, Tensor]] = []
         self.taps: list[Tap] = []
+        self.below: set[str] = set()  # paths that the control taps inside
         self._branches: dict[str, int] = {}
         self._names = parameter_names(self.model)
         self.groups = [GroupRuntime(group, self) for group in groups]
-        self.sites = [SiteRuntime(site, group) for group in self.groups for site in group.group.sites]
+        self.sites = [
+            (GuidedRuntime if site.level == "guided" else SiteRuntime)(site, group)
+            for group in self.groups
+            for site in group.group.sites
+        ]
         self.check_not_compiled()
 
     def module(self, path: str) -> nn.Module:
@@ -70,7 +76,7 @@ class HostRuntime:
     def install(self) -> None:
         """Tap the denoiser and its sites, the outermost first, so that an inner tap runs inside an outer one."""
         self.taps.append(tap_call(self.outer, self._on_call))
-        order = ("model", "head", "stack", "run", "branch")
+        order = ("guided", "model", "head", "stack", "run", "branch")
         for site in sorted(self.sites, key=lambda s: order.index(s.site.level)):
             if site.site.entry:
                 self._tap(site.site.entry, self._on_entry(site.site.entry))
@@ -81,6 +87,12 @@ class HostRuntime:
                 self._tap(path, site.on_feeder(path))
             self._tap(site.site.tail, site.on_tail(site.site.tail))
         self.taps += self.session.steering.tap_call(self)
+        self.check_not_compiled()
+
+    def step_taps(self, scheduler: Any) -> list[Tap]:
+        """The taps of its `guided` sites on the scheduler."""
+        guided = [site for site in self.sites if isinstance(site, GuidedRuntime)]
+        return [tap_method(scheduler, "step", site.on_step) for site in guided]
 
     def _tap(self, path: str, wrap: Callable[[Inner, Args, Kwargs], Any]) -> None:
         self.taps.append(tap_call(self.outer if path == "" else self.module(path), wrap))
@@ -97,7 +109,8 @@ class HostRuntime:
     @property
     def inner_paths(self) -> set[str]:
         """Paths of all tapped modules below the denoiser itself."""
-        return {path for site in self.sites for path in (*site.site.modules, site.site.entry)} - {""}
+        paths = {path for site in self.sites for path in (*site.site.modules, site.site.entry)}
+        return (paths | self.below) - {""}
 
     def check_not_compiled(self) -> None:
         """Refuse a tap inside a compiled region: it would never be reached."""
@@ -155,7 +168,10 @@ class HostRuntime:
 
     def _tick(self, args: Args, kwargs: Kwargs) -> None:
         adapter = self.host.adapter
-        x = argument(self._names, args, kwargs, adapter.latent)
+        for name, why in adapter.refused.items():
+            if argument(self._names, args, kwargs, name) is not None:
+                raise UnsupportedTarget(f"{type(self.model).__name__} was called with {name}, and then {why}")
+        x = adapter.show(argument(self._names, args, kwargs, adapter.latent))
         if not isinstance(x, Tensor):
             raise UnsupportedTarget(
                 f"{type(self.model).__name__} was called with {adapter.latent}={type(x).__name__}, not a tensor"
@@ -190,7 +206,7 @@ class HostRuntime:
             site.restart()
 
     def _after(self, out: Any) -> None:
-        value, _ = Form.split(out)
+        value = self.host.adapter.show(Form.split(out)[0])
         if isinstance(value, Tensor):
             self.finite.append((self.step.run, self.step.n, self.step.branch, torch.isfinite(value).all()))
         if self.renewed:

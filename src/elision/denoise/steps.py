@@ -6,6 +6,7 @@ Sources, in order: the scheduler's own `set_timesteps` and `step` (tapped by the
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -70,6 +71,11 @@ class Context:
     sigma: float | None = None
 
 
+def step_names(scheduler: Any) -> tuple[str, ...]:
+    """Parameter names of the scheduler class's own `step`."""
+    return tuple(inspect.signature(type(scheduler).step).parameters)[1:]
+
+
 def _number(value: Any) -> float | None:
     """First entry of a tensor or a plain number, as float."""
     if value is None:
@@ -104,6 +110,7 @@ class Clock:
         self.advanced = False  # whether the scheduler ever took a step
         self._fresh = self._late = False
         self._returned = 0
+        self._index: int | None = None
         self.restart()
 
     def reset(self) -> None:
@@ -135,12 +142,16 @@ class Clock:
         self._fresh = True
         self._late = late
         self._returned = 0
+        self._index = None
 
     def advance(self) -> None:
-        """`scheduler.step` returned."""
+        """`scheduler.step` returned; once more for the same step where the pipeline had set the step index back."""
+        index = getattr(self.scheduler, "step_index", None)
+        again = index is not None and index == self._index
         self._late = False
         self.advanced = True
-        self._returned += 1
+        self._index = index
+        self._returned += not again
 
     @property
     def _under_way(self) -> bool:
@@ -264,7 +275,7 @@ class Clock:
     def _make(self, n: int, i: int, total: int | None, t: float, sigma: float | None, following: float | None) -> Step:
         branch = self._name() or ""
         self._seen.add(branch)
-        if self._leader is None and (not branch.startswith(("uncond", "neg")) or n > 0):
+        if self._leader is None and (not branch.removeprefix("pred_").startswith(("uncond", "neg")) or n > 0):
             self._leader = branch
         self._step = Step(n, i, total, t, sigma, following, branch, branch == self._leader, self.cond, self.run)
         return self._step

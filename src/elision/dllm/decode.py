@@ -4,6 +4,10 @@ The sampler owns masks, blocks, window and commits, and asks a function for the 
 cache. LLaDA's decoding (blocks from left to right, a fixed number of tokens per call by confidence or at random),
 Fast-dLLM's (all tokens above a threshold), Elastic-Cache's (a window that slides) and Dream's (outputs shifted by one,
 commits along a time grid) are settings of one loop.
+
+Different from the released samplers: the [MASK] token is never chosen, so that no position is decided to stay one; a
+block ends as soon as nothing in it is left to decide, where LLaDA makes its remaining scheduled calls for nothing. Of
+Dream's sampler, top-p, top-k, alg_temp and the rule "origin" are not offered.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -48,6 +48,11 @@ def inspect_target(target: Any) -> Target:
             f"{', '.join(DENOISERS)}: pass the denoiser itself"
         )
     return Target(type(target).__name__, modules, target)
+
+
+def is_stock(pipeline: Any) -> bool:
+    """Whether the pipeline's class is one of diffusers itself, whose calls of the denoiser are known."""
+    return type(pipeline).__module__.startswith("diffusers.")
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -122,6 +127,18 @@ class Form:
             key, *others = output
             return output[key], cls(type(output), key, tuple((name, output[name]) for name in others))
         return output, cls(type(output))
+
+    @property
+    def others(self) -> tuple[Any, ...]:
+        """What was returned beside the prediction, in order."""
+        return self.rest if self.key is None else tuple(value for _, value in self.rest)
+
+    def carrying(self, others: Sequence[Any]) -> Form:
+        """The form with other values in the first places beside the prediction."""
+        if self.key is None:
+            return replace(self, rest=(*others, *self.rest[len(others) :]))
+        new = zip(self.rest, others, strict=False)
+        return replace(self, rest=(*((name, value) for (name, _), value in new), *self.rest[len(others) :]))
 
     def join(self, value: Any) -> Any:
         """An output of this form that carries `value` as its prediction."""

@@ -22,7 +22,7 @@ from elision.kv.book import Book, adopt
 from elision.kv.fit import check_profile
 from elision.kv.method import KVHost, KVMethod
 from elision.kv.parts import Call, Phase
-from elision.kv.pseudo import check_pseudo, keep_all, observe, without_pseudo
+from elision.kv.pseudo import check_pseudo, keep_all, observe, position_limit, without_pseudo
 from elision.kv.report import KVReport, Ledger
 from elision.session import Applied
 
@@ -277,7 +277,8 @@ class KVApplied(Applied):
         if self.method.stored() and first and not book.intact:
             kwargs["position_ids"] = self._behind(forward, kwargs.get("position_ids"))
         if self.pseudo is not None and phase != "step":
-            observe(self.pseudo, self.host.decoder.get_input_embeddings(), forward, kwargs)  # type: ignore[operator]
+            embed: Any = self.host.decoder.get_input_embeddings()  # type: ignore[operator]
+            observe(self.pseudo, embed, forward, kwargs, position_limit(self.host.config))
         return forward
 
     def _behind(self, forward: Forward, places: Tensor | None) -> Tensor:

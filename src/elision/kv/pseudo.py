@@ -31,8 +31,37 @@ def check_pseudo(host: Host, pseudo: Pseudo | None) -> None:
         )
 
 
-def observe(pseudo: Pseudo, embed: Callable[[Tensor], Tensor], forward: Forward, kwargs: dict[str, Any]) -> None:
-    """Put `pseudo` rows behind the last part of a prompt, at the positions that follow it."""
+def position_limit(config: Any) -> int | None:
+    """The first position at which the model has no embedding, or turns its prompt otherwise; None if there is none.
+
+    Learned positions end with their table. Where the longest position decides about the rotation of all (longrope,
+    dynamic), rows behind a prompt that stays below the limit would change the prompt itself.
+    """
+    rope = getattr(config, "rope_parameters", None)
+    most = getattr(config, "max_position_embeddings", None)
+    if not rope:
+        return most
+    found = []
+    for kind in [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, dict)]:
+        name = str(kind.get("rope_type"))
+        if name == "longrope":
+            found.append(kind.get("original_max_position_embeddings", most))
+        elif "dynamic" in name:
+            found.append(most)
+    return min((limit for limit in found if limit is not None), default=None)
+
+
+def observe(
+    pseudo: Pseudo,
+    embed: Callable[[Tensor], Tensor],
+    forward: Forward,
+    kwargs: dict[str, Any],
+    limit: int | None = None,
+) -> None:
+    """Put `pseudo` rows behind the last part of a prompt, at the positions that follow it.
+
+    Those that a prompt below position `limit` would have at or beyond it are given the last one before it.
+    """
     state, drafts = forward.book.state, forward.drafts
     embeds = kwargs.get("inputs_embeds")
     embeds = embed(kwargs["input_ids"]) if embeds is None else embeds
@@ -48,11 +77,15 @@ def observe(pseudo: Pseudo, embed: Callable[[Tensor], Tensor], forward: Forward,
     rows = pseudo.rows(torch.cat([e for e, _ in parts], 1), _joined(parts), embed)
     kwargs["input_ids"], kwargs["inputs_embeds"] = None, torch.cat([embeds, rows.to(embeds)], 1)
     mask, places, b, n = kwargs.get("attention_mask"), kwargs.get("position_ids"), len(rows), rows.shape[1]
-    if places is None and (pseudo.offset or drafts):
+    end = forward.first + of_prompt + n + max(pseudo.offset, 0)
+    if places is None and (pseudo.offset or drafts or (limit is not None and end > limit)):
         places = torch.arange(forward.first, forward.first + forward.m, device=rows.device)[None]
     if places is not None:
         after = torch.arange(1, n + 1, device=places.device) + pseudo.offset
-        kwargs["position_ids"] = torch.cat([places, places[..., of_prompt - 1 : of_prompt] + after], -1)
+        behind = places[..., of_prompt - 1 : of_prompt] + after
+        if limit is not None and end > limit > int(places.max()):
+            behind = behind.clamp(max=limit - 1)
+        kwargs["position_ids"] = torch.cat([places, behind], -1)
     if mask is not None:
         kwargs["attention_mask"] = torch.cat([mask, mask.new_ones(b, n)], 1)
     if forward.valid is not None:

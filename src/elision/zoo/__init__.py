@@ -44,6 +44,11 @@ _ENTRIES: Mapping[str, Entry] = {
             "garments_flux",
         ),
         Entry(
+            "garments-edit",
+            "instruction editor of two-garment canvases in Kontext's layout, FluxTransformer2DModel",
+            "garments_edit",
+        ),
+        Entry(
             "digits-mdlm",
             "masked-diffusion language model of written-out sums, recall, copying and sorting, LlamaForCausalLM",
             "digits_mdlm",

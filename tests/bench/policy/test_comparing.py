@@ -125,6 +125,23 @@ def test_the_command_line(subject: PolicySubject, tmp_path: Path, monkeypatch: p
         assert message in command("compare", "denoise", *arguments, *more, code=2).stderr
 
 
+def test_fit_on_the_command_line(subject: PolicySubject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it writes is what a comparison would have fitted, so that both give the same actions."""
+    monkeypatch.setattr(subjects, "_load", lambda model, prompts: subject.subject())
+    where = str(tmp_path / "p.safetensors")
+    told = json.loads(
+        command("fit", "bac", "--model", "metaworld-policy", "--calls", "1", "-o", where, "--json").stdout
+    )
+    assert (told["steps"], told["samples"]) == (10, 2)
+    methods = ["bac:num_caches=2", f"bac:num_caches=2,union_blocks=0,profile={where}"]
+    rows = compare_policy(subject, methods, episodes=2, controls=False, timing=0).rows()
+    again = compare_policy(subject, "bac:num_caches=2,union_blocks=0", episodes=2, controls=False, timing=0).rows()
+    assert rows[2].error == again[1].error
+    assert rows[1].error != rows[2].error
+    with pytest.raises(OptionError, match="two profiles"):
+        compare_policy(subject, [f"bac:profile={where}", "bac"], episodes=2)
+
+
 def test_an_action_error_is_a_root_mean_square() -> None:
     from elision.bench.policy.measure import errors
 

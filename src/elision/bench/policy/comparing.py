@@ -84,8 +84,11 @@ class _Race:
         self.done = 0
         lab.told = self._tell
         self._add("baseline", lab.plain)
+        given = {(spec.method, spec.profile) for spec in specs}
         for spec in specs:
             method = spec.method
+            if sum(other == method for other, _ in given) > 1:
+                raise OptionError(f"{spec.label} is asked for with two profiles: compare them one after the other")
             if not isinstance(method, DenoiseMethod):
                 raise OptionError(f"{spec.name} is a method of the family {method.family!r}, not of 'denoise'")
             way = self._add("control" if method.control else "method", Way(lab.subject.steps, method))

@@ -12,14 +12,13 @@ import numpy as np
 from elision.bench import stats
 from elision.bench.dllm import shares
 from elision.bench.policy.measure import Cost, Sampler, Way, answers, errors, run_episodes, time_chunk
-from elision.bench.policy.subject import PolicySubject, Seen
+from elision.bench.policy.subject import HELD_OUT, PolicySubject, Seen
 from elision.bench.stats import Estimate
 from elision.denoise.policy import DenoiseMethod
 from elision.errors import OptionError
 from elision.profile import Profile
 from elision.zoo.metaworld import Episode
 
-HELD_OUT = 900_000  # seeds of episodes that methods are fitted on; no episode of an experiment has them
 REQUESTS = 48  # that actions are compared on
 
 
@@ -49,22 +48,14 @@ class PolicyLab:
 
     def warm_up(self, steps: int) -> None:
         """One chunk that is thrown away."""
-        self.subject.answer(steps, self.observations()[:1])
+        self.subject.answer(steps, self.subject.observations()[:1])
 
     # -- profiles ------------------------------------------------------------------------------------------------
-
-    def observations(self) -> list[Seen]:
-        """The first observation of one held-out episode of every task."""
-        found = []
-        for task in self.subject.tasks:
-            state = self.subject.worlds(task, 1)[0].reset(HELD_OUT)
-            found.append(Seen(task, HELD_OUT, 0, np.stack([state, state])))
-        return found
 
     def fit(self, method: DenoiseMethod, steps: int) -> Profile:
         """What a method learns from one chunk for one observation of every task."""
         self.told(f"fitting {method.name}, {steps} steps")
-        requests = self.observations()
+        requests = self.subject.observations()
         return method.fit(self.subject.pipe, [lambda pipe: self.subject.answer(steps, requests)])
 
     def profile(self, way: Way) -> Profile | None:
@@ -164,7 +155,7 @@ class PolicyLab:
         """Operations of an uncached chunk, counted while a method that changes nothing is applied."""
         from elision.denoise.methods.uniform import Uniform
 
-        request = self.observations()[:1]
+        request = self.subject.observations()[:1]
         _, cost = time_chunk(self.subject, Way(self.subject.steps, Uniform(interval=1)), request[0])
         return cost.per_chunk
 

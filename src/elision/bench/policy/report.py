@@ -93,7 +93,9 @@ def _point(row: PolicyRow, x: Estimate | float | None) -> list[Point]:
     y = row.success
     low, high = (y.mean if end is None else end for end in (y.low, y.high))
     x = x if isinstance(x, Estimate) else Estimate(x, None, None, 1)
-    return [Point(x.mean, y.mean * 100, low * 100, high * 100, row.label, row.kind, x.low, x.high)]
+    # one line for one sampler: the policy's own with fewer steps stands beside it
+    kind = "control" if row.kind == "fewer_steps" and row.label.startswith("ddpm") else row.kind
+    return [Point(x.mean, y.mean * 100, low * 100, high * 100, row.label, kind, x.low, x.high)]
 
 
 def _played(comparison: PolicyComparison, arm: PolicyArm) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from elision.errors import OptionError, UnknownName, UnsupportedTarget
 from elision.zoo.metaworld import Act, Episode, play
 
 Array = NDArray[Any]
+HELD_OUT = 900_000  # seeds from here on are of episodes that methods are fitted on
 
 
 class World(Protocol):
@@ -105,6 +106,12 @@ class PolicySubject:
 
         decided: Act = act
         return play(decided, self.worlds(task, min(self.together, len(seeds))), seeds, self.limit)  # type: ignore[arg-type]
+
+    def observations(self, number: int = 0) -> list[Seen]:
+        """The first observation of one episode of every task, for methods to be fitted on; no experiment has them."""
+        seed = HELD_OUT + number
+        first = [(task, self.worlds(task, 1)[0].reset(seed)) for task in self.tasks]
+        return [Seen(task, seed, 0, np.stack([state, state])) for task, state in first]
 
     def answer(self, steps: int, requests: Sequence[Seen]) -> Array:
         """Actions [N, n, A] for requests of any tasks in one call."""

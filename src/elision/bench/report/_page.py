@@ -12,7 +12,8 @@ from markupsafe import Markup
 
 import elision
 from elision.bench.environment import environment
-from elision.bench.report._images import AMPLIFY, difference_uri, sample_uri
+from elision.bench.report._grid import grid
+from elision.bench.report._images import AMPLIFY
 from elision.bench.report._plot import Frame, points, scatter
 from elision.bench.summary import Arm, Comparison, Row
 from elision.bench.table import cells
@@ -27,7 +28,7 @@ STATES = {
     "computed": "everything ran",
     "reused": "kept outputs stood in",
     "predicted": "forecasts stood in",
-    "mixed": "some sites ran, some did not",
+    "mixed": "some sites or tokens ran, some did not",
 }
 
 
@@ -53,7 +54,6 @@ def render(comparison: Comparison) -> str:
             states=STATES,
             kinds=KINDS,
             version=elision.__version__,
-            images=len(comparison.prompts) * len(comparison.seeds),
         )
     )
 
@@ -91,7 +91,7 @@ def _section(comparison: Comparison, steps: int) -> dict[str, Any]:
         "steps": steps,
         "cards": [_card(row) for row in rows if row.kind == "method"],
         "plots": [{"title": title, "svg": Markup(svg)} for title, svg in plots if svg],
-        "grid": _grid(comparison, arms),
+        "grid": grid(comparison, arms),
         "strips": [_strip(arm) for arm in arms if arm.kind != "fewer_steps"],
         **_table(rows),
         "notes": [(row.label, note) for row in rows for note in row.notes],
@@ -118,47 +118,6 @@ def _card(row: Row) -> dict[str, str]:
         "verdict": verdict,
         "word": word,
     }
-
-
-def _grid(comparison: Comparison, arms: list[Arm]) -> list[dict[str, Any]]:
-    """The images of the first seed, arm by arm; empty where a comparison was read from a file."""
-    reference = arms[0].images
-    if reference is None:
-        return []
-    prompts = _captions(comparison, len(reference))
-    lines: list[dict[str, Any]] = []
-    for arm in arms:
-        if arm.images is None:
-            continue
-        sample = arm.samples[0]
-        plain = arm.kind == "baseline"
-        lines.append(
-            {
-                "label": arm.label,
-                "kind": arm.kind,
-                "note": f"{sample.steps_computed:.3g} of {arm.steps} steps computed",
-                "images": [
-                    {"uri": sample_uri(image), "alt": f"{prompt}, drawn by {arm.label}", "caption": prompt}
-                    for image, prompt in zip(arm.images, prompts, strict=True)
-                ],
-                "differences": []
-                if plain
-                else [
-                    {
-                        "uri": difference_uri(image, truth),
-                        "alt": f"{prompt}: difference of {arm.label} from the uncached image",
-                    }
-                    for image, truth, prompt in zip(arm.images, reference, prompts, strict=True)
-                ],
-            }
-        )
-    return lines
-
-
-def _captions(comparison: Comparison, count: int) -> list[str]:
-    """One caption per kept image; videos have more images than prompts."""
-    frames = max(1, count // len(comparison.prompts))
-    return [comparison.prompts[min(i // frames, len(comparison.prompts) - 1)] for i in range(count)]
 
 
 def _strip(arm: Arm) -> dict[str, Any]:

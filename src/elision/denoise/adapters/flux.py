@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-
 from elision.denoise.adapters._base import Adapter, BlockSpec, BranchSpec
-from elision.denoise.sites import Call
+from elision.denoise.adapters._grids import by_positions
+from elision.denoise.adapters._modulated import by_norm
 
 _STREAMS = ("encoder_hidden_states", "hidden_states")
-
-
-def _modulated(block: nn.Module, call: Call) -> Tensor:
-    out: Tensor = block.norm1(call.x, emb=call.get("temb"))[0]  # type: ignore[operator]
-    return out
 
 
 FLUX = Adapter(
@@ -32,6 +26,8 @@ FLUX = Adapter(
         ),
     },
     head="proj_out",
-    modulated=_modulated,
-    token_axes={"hidden_states": 1, "img_ids": 0},
+    modulated=by_norm,
+    token_axes={"hidden_states": 1, "img_ids": -2},
+    unbatched=("img_ids", "txt_ids"),
+    grids=by_positions,
 )

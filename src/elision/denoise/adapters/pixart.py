@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from functools import partial
 
 from elision.denoise.adapters._base import Adapter, BlockSpec, BranchSpec
-from elision.denoise.sites import Call
-
-
-def _modulated(block: nn.Module, call: Call) -> Tensor:
-    table: Tensor = block.scale_shift_table  # type: ignore[assignment]
-    time = call.get("timestep").reshape(len(call.x), 6, -1)
-    shift, scale = (table[None] + time).chunk(6, dim=1)[:2]
-    out: Tensor = block.norm1(call.x) * (1 + scale) + shift  # type: ignore[operator]
-    return out
-
+from elision.denoise.adapters._modulated import by_table
 
 PIXART = Adapter(
     "PixArtTransformer2DModel",
@@ -25,5 +16,5 @@ PIXART = Adapter(
         )
     },
     head="proj_out",
-    modulated=_modulated,
+    modulated=partial(by_table, "timestep"),
 )

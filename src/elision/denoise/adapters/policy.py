@@ -24,4 +24,6 @@ POLICY = Adapter(
     },
     head="head",
     image="tgt",
+    whole="makes positions for the whole action chunk",
+    lacks={"modulated": "its blocks see the time as a token that they attend to"},
 )

@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-
 from elision.denoise.adapters._base import Adapter, BlockSpec, BranchSpec
-from elision.denoise.sites import Call
-
-
-def _modulated(block: nn.Module, call: Call) -> Tensor:
-    out: Tensor = block.norm1(call.x, emb=call.get("temb"))[0]  # type: ignore[operator]
-    return out
-
+from elision.denoise.adapters._modulated import by_norm
 
 SD3 = Adapter(
     "SD3Transformer2DModel",
@@ -29,5 +21,5 @@ SD3 = Adapter(
     },
     head="proj_out",
     joint="image first",
-    modulated=_modulated,
+    modulated=by_norm,
 )

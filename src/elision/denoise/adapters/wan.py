@@ -1,31 +1,32 @@
-"""`WanTransformer3DModel`: video tokens through self-attention, ungated cross-attention and MLP."""
+"""`WanTransformer3DModel` and `WanVACETransformer3DModel`: video tokens through self-, ungated cross-attention and MLP.
+
+VACE has blocks beside the stack that make hints from the control video. They run at every step in which the denoiser
+does, but their branches are sites like those of the others; hints are added behind the blocks of the stack.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from dataclasses import replace
+from functools import partial
 
 from elision.denoise.adapters._base import Adapter, BlockSpec, BranchSpec
-from elision.denoise.sites import Call
+from elision.denoise.adapters._modulated import by_float_table
 
-
-def _modulated(block: nn.Module, call: Call) -> Tensor:
-    table: Tensor = block.scale_shift_table  # type: ignore[assignment]
-    time = call.get("temb").float()  # [B, 6, D], or [B, L, 6, D] with a time per token
-    shift, scale = (table + time).chunk(6, dim=-2)[:2]
-    if time.ndim == 4:
-        shift, scale = shift.squeeze(2), scale.squeeze(2)
-    out: Tensor = (block.norm1(call.x.float()) * (1 + scale) + shift).type_as(call.x)  # type: ignore[operator]
-    return out
-
+_BRANCHES = (BranchSpec("attn1", "self"), BranchSpec("attn2", "cross"), BranchSpec("ffn", "mlp"))
 
 WAN = Adapter(
     "WanTransformer3DModel",
     lists=("blocks",),
-    blocks={
-        "WanTransformerBlock": BlockSpec(
-            ("hidden_states",), (BranchSpec("attn1", "self"), BranchSpec("attn2", "cross"), BranchSpec("ffn", "mlp"))
-        )
-    },
+    blocks={"WanTransformerBlock": BlockSpec(("hidden_states",), _BRANCHES)},
     head="proj_out",
-    modulated=_modulated,
+    calls=("cond", "uncond"),  # of video to video; the others name theirs
+    modulated=partial(by_float_table, -2),
+)
+
+WAN_VACE = replace(
+    WAN,
+    model_class="WanVACETransformer3DModel",
+    blocks={**WAN.blocks, "WanVACETransformerBlock": BlockSpec(("hidden_states",), _BRANCHES)},
+    side=("vace_blocks",),
+    calls=(),
 )

@@ -125,9 +125,10 @@ def _changing(host: HostRuntime, change: Change) -> Callable[..., Any]:
     names = parameter_names(host.model)
 
     def wrap(inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x = argument(names, args, kwargs, host.host.adapter.latent)
+        adapter = host.host.adapter
+        x = adapter.show(argument(names, args, kwargs, adapter.latent))
         value, form = Form.split(inner(*args, **kwargs))
-        return form.join(change(host.host, host.step, x, value))
+        return form.join(adapter.give(change(host.host, host.step, x, adapter.show(value))))
 
     return wrap
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
 from typing import TYPE_CHECKING, Any, Literal
@@ -195,7 +195,12 @@ def measure(method: ProfilingDiT, target: Any, calls: Sequence[Any], *, branches
     host = Host(model, adapter_for(model), found.scheduler)
     if not host.adapter.lists:
         host.site("run", "profilingdit")  # raises, naming the classes that have blocks
-    blocks = _attention_of(host)
+    if host.adapter.others or any(spec.joined for spec in host.adapter.blocks.values()):
+        raise UnsupportedTarget(
+            f"profilingdit: the attention of {type(model).__name__} is not that of its image tokens alone, or of them "
+            "and text apart, so no block can be called background: give blocks= and apply without a profile"
+        )
+    blocks = host.adapter.attention(model)
     watch = AttentionWatch(model, blocks, host.adapter.image, host.adapter.joint == "text first")
     ratios = _Ratios(method, watch, list(blocks))
     try:
@@ -207,15 +212,3 @@ def measure(method: ProfilingDiT, target: Any, calls: Sequence[Any], *, branches
     steps, table = ratios.table()
     facts = {"steps": steps, "blocks": list(blocks), "samples": len(next(iter(ratios.rows.values())))}
     return Profile(fingerprint("profilingdit", model, found.scheduler, None), {"ratio": table}, facts)
-
-
-def _attention_of(host: Host) -> Mapping[str, list[str]]:
-    """Per block the modules in which its image tokens attend to each other."""
-    found: dict[str, list[str]] = {}
-    for path in host.adapter.block_paths(host.model):
-        block, modules = host.model.get_submodule(path), []
-        for branch in host.adapter.spec(host.model, path).branches:
-            if branch.kind in ("self", "joint", "fused") and getattr(block, branch.tail, None) is not None:
-                modules += [f"{path}.{name}" for name in (branch.tail, *branch.feeders)]
-        found[path] = modules
-    return found

@@ -215,7 +215,7 @@ class BAC(DenoiseMethod):
             error = dict(zip(known, profile.tensors[f"error_{self.proxy}"].tolist(), strict=True))
             selected = noisiest(error, self.union_blocks)
             if len(selected) > 1 or self.union_of_one:
-                paths = host.adapter.block_paths(host.model)
+                paths = host.adapter.branch_paths(host.model)
                 layers = {s.key: next(i for i, p in enumerate(paths) if s.tail.startswith(p + ".")) for s in sites}
                 mlps = [site.key for site in sites if site.kind in MLP]
                 steps = bubbling_union(steps, layers, mlps, selected)

@@ -17,7 +17,8 @@ What differs from the released code: statistics are float32 at least; in a call 
 the conditional rows count; state is reset at every run (the released code keeps the tensors of the last video, and with
 a warm-up of one step decides by them). ComfyUI's variant (`variant="comfyui"`) compares with the last computed latent
 instead of the step before, so its sum grows faster, on latents subsampled by `subsample`, and its window is given in
-fractions of the run. ComfyUI computes the window from the noise level, here it is counted in steps.
+fractions of the run. ComfyUI computes the window from the noise level, here it is counted in steps. With `order` above
+0 (no paper) TaylorSeer's expansion of D over the computed steps stands in for the last D.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from elision.denoise.policy import Claims, DenoiseMethod, Group, Host, Plan
-from elision.denoise.predictors import Residual, Reuse
+from elision.denoise.predictors import Residual, Reuse, Taylor
 from elision.denoise.schedules import Criterion, mean_abs
 from elision.denoise.sites import Call, Site, common
 from elision.denoise.steps import Step
@@ -114,6 +115,7 @@ class EasyCache(DenoiseMethod):
     threshold: float = option(0.05, "accumulated relative change at which a step is computed again", ge=0)
     warmup_steps: int = option(10, "steps that are always computed at the start (the papers' R)", ge=0)
     tail_steps: int = option(1, "steps that are always computed at the end", ge=0)
+    order: int = option(0, "order of TaylorSeer's expansion of the residual that stands in; 0 reuses it", ge=0)
     variant: Variant = option("official", "which criterion", choices=("official", "comfyui"))
     subsample: int = option(8, "comfyui: statistics see every n-th pixel of rows and columns", ge=1)
     start: float = option(0.15, "comfyui: fraction of the run from which steps may be skipped", ge=0, le=1)
@@ -132,7 +134,7 @@ class EasyCache(DenoiseMethod):
     def plan(self, host: Host, profile: Profile | None) -> Plan:
         """One decision per step at the denoiser itself; the residual stands in."""
         sites = host.site("model", self.name)
-        group = Group(self.name, sites, self._schedule, lambda: Residual(Reuse()))
+        group = Group(self.name, sites, self._schedule, lambda: Residual(Taylor(self.order) if self.order else Reuse()))
         return Plan([group], Claims(frozenset(sites), needs_total=self.variant == "comfyui" or self.tail_steps > 0))
 
     def _schedule(self) -> Criterion:

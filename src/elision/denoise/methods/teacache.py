@@ -10,7 +10,8 @@ starts anew at every computed step. Each guidance branch decides by itself, as i
 
 p is fitted per model (`elision.fit(pipe, "teacache", calls=...)`: a least-squares polynomial between the relative
 changes of m and of the prediction, both measured step to step in uncached runs), or one of the published
-`coefficients`. Without either p(x) = x, and thresholds then mean input change.
+`coefficients`. Without either p(x) = x, and thresholds then mean input change. With `order` above 0 (no paper)
+TaylorSeer's expansion of the residual over the computed steps stands in for the last residual.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from elision.denoise.policy import Claims, DenoiseMethod, Group, Host, Plan
-from elision.denoise.predictors import Residual, Reuse
+from elision.denoise.predictors import Residual, Reuse, Taylor
 from elision.denoise.schedules import Criterion, PerBranch, mean_abs
 from elision.denoise.sites import Call, Level, Site
 from elision.denoise.steps import Step
@@ -35,6 +36,10 @@ from elision.profile import Profile, fingerprint
 
 PRESETS: dict[str, tuple[float, ...]] = {
     "flux": (4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01),
+    "hunyuan-video": (7.33226126e02, -4.01131952e02, 6.75869174e01, -3.14987800e00, 9.61237896e-02),
+    "ltx": (2.14700694e01, -1.28016453e01, 2.31279151e00, 7.92487521e-01, 9.69274326e-03),
+    "lumina2": (393.76566581, -603.50993606, 209.10239044, -23.00726601, 0.86377344),
+    "mochi": (-3.51241319e03, 8.11675948e02, -6.09400215e01, 2.42429681e00, 3.05291719e-03),
 }
 
 
@@ -93,10 +98,11 @@ class TeaCache(DenoiseMethod):
 
     threshold: float = option(0.1, "accumulated, rescaled change at which a step is computed again", ge=0)
     coefficients: str | tuple[float, ...] | None = option(
-        None, "polynomial, highest power first, or the name of a published one ('flux'); None takes the profile's"
+        None, "polynomial, highest power first, or the name of a published one; None takes the profile's"
     )
     warmup_steps: int = option(1, "steps that are always computed at the start", ge=1)
     tail_steps: int = option(1, "steps that are always computed at the end", ge=0)
+    order: int = option(0, "order of TaylorSeer's expansion of the residual that stands in; 0 reuses it", ge=0)
     degree: int = option(4, "degree of the polynomial that `fit` looks for", ge=1, le=8)
 
     def __post_init__(self) -> None:
@@ -116,7 +122,8 @@ class TeaCache(DenoiseMethod):
         sites = host.site("stack", self.name)
         if host.adapter.modulated is None:
             raise UnsupportedTarget(
-                f"teacache needs the modulated input of the first block, unknown for {host.adapter.model_class}"
+                f"teacache needs the modulated input of the first block, and {host.adapter.model_class} has none: "
+                f"{host.adapter.lacks.get('modulated', 'unknown')}"
             )
         chosen: Sequence[float] = (1.0, 0.0)
         if isinstance(self.coefficients, str):
@@ -131,7 +138,7 @@ class TeaCache(DenoiseMethod):
             lambda: PerBranch(
                 lambda: _ModulatedChange(self.threshold, self.warmup_steps, self.tail_steps, chosen, host)
             ),
-            lambda: Residual(Reuse()),
+            lambda: Residual(Taylor(self.order) if self.order else Reuse()),
         )
         return Plan([group], Claims(frozenset(sites), needs_total=self.tail_steps > 0))
 

@@ -103,7 +103,7 @@ class WorldState(Schedule, Predictor):
 
     def __init__(self, method: WorldCache) -> None:
         self.m = method
-        self.branches: dict[str, _History] = {}
+        self.branches: dict[tuple[str, str], _History] = {}  # by guidance branch and stream
         self.drift = 0.0
         self.largest = 0.0
         self._open: list[Tensor] = []  # sum of drifts and number of tokens, of every branch of the last stand-in
@@ -146,15 +146,17 @@ class WorldState(Schedule, Predictor):
 
     def ready(self, step: Step) -> bool:
         """Whether the branch has three computed outputs."""
-        return step.branch in self.branches and self.branches[step.branch].kappa is not None
+        mine = [history for (branch, _), history in self.branches.items() if branch == step.branch]
+        return bool(mine) and all(history.kappa is not None for history in mine)
 
     def observe(self, step: Step, x: Tensor, call: Call, out: Tensor, computed: bool) -> None:
         """Renew the history from a computed output; groups follow when all branches have theirs."""
         if not computed:
             return
-        if step.branch not in self.branches:
-            self.branches[step.branch] = _History(TokenView(self.m.modalities))
-        self.branches[step.branch].push(step.n, out.detach(), self.m.eps)
+        key = step.branch, call.stream(x)
+        if key not in self.branches:
+            self.branches[key] = _History(TokenView(self.m.modalities))
+        self.branches[key].push(step.n, out.detach(), self.m.eps)
         for other in self.branches.values():
             other.group = None
         self._open, self.drift, self._last_full = [], 0.0, step.n
@@ -176,7 +178,7 @@ class WorldState(Schedule, Predictor):
 
     def predict(self, step: Step, x: Tensor, call: Call) -> Tensor:
         """Every token by the rule of its group, from the last computed output."""
-        branch = self.branches[step.branch]
+        branch = self.branches[step.branch, call.stream(x)]
         if branch.group is None:
             self._regroup(step.n)
         assert branch.last is not None

@@ -17,7 +17,9 @@ No official code was available. Reproduced: the algorithm of the paper as its ta
 against trajectories on which two independent implementations agree. What these sources leave open is an option whose
 text says "inferred"; the defaults are those of the trajectories. For shifted models (Dream) the rows that predict the
 window belong to Q. Decisions are read once per layer, or once per step (`sync`): then all layers reuse first and those
-above the trigger are refreshed afterwards, which changes no result and costs |Q| rows a layer.
+above the trigger are refreshed afterwards, which changes no result and costs |Q| rows a layer. Under guidance, which
+the published runs do not use, each branch has slots and tracked tokens of its own and both refresh when one triggers
+(inferred).
 """
 
 from __future__ import annotations

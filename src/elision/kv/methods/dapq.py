@@ -14,7 +14,11 @@ There is no official code. Inferred: the mean over the query heads of a KV head 
 the pseudo tokens seen, as the model computes it (`normalise="all"`; "prompt" leaves the pseudo tokens out), no pooling
 (`kernel=1`). Content: the first `head` and the last `window - head` tokens of the prompt, which may overlap in a short
 one; or random tokens of it, a random span of it, or fixed token ids. Random choices depend on the seed and the row's
-own length alone.
+own length alone. `offset` moves the positions of the pseudo tokens, not what they see: also at positions inside the
+prompt they attend to all of it. Where a model has a last position (learned embeddings), or turns the whole prompt
+otherwise beyond one (longrope, dynamic), pseudo tokens of a prompt that ends before it do not go past it (inferred);
+beyond it, dynamic rotation turns the prompt by the newest position, pseudo tokens included. Learned positions do not
+turn queries, so what the paper builds on is not shown for them.
 
 The rows are copies of embeddings, so models that need the ids of their tokens in every layer are out. Layers with a
 sliding window are not managed, and pseudo rows see only their window there; models with linear-attention layers are
@@ -34,7 +38,7 @@ from torch import Tensor
 
 from elision.errors import OptionError
 from elision.kv.actions import Evict
-from elision.kv.budgets import Even
+from elision.kv.budgets import Even, at_least
 from elision.kv.method import EvictingMethod, KVHost
 from elision.kv.parts import Call, Keep, Rule
 from elision.kv.scorers import Reduce, pool, reduce_group
@@ -72,7 +76,9 @@ class DapQ(EvictingMethod):
     reduce: str = option("mean", "how the query heads of a KV head count", choices=("mean", "sum", "max"))
     kernel: int = option(1, "tokens that scores are pooled over; 1 turns pooling off", ge=1)
     pooling: str = option("avg", "kind of pooling", choices=("avg", "max"))
-    recent: int = option(0, "newest prompt tokens that stay in any case; the paper has none", ge=0)
+    recent: int = option(
+        0, "newest prompt tokens that stay in any case; the budget is at least this, and the paper has none", ge=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,7 +105,7 @@ class DapQ(EvictingMethod):
 
     def _keep(self, call: Call) -> Keep:
         """Of the prompt what the budget says, and all of the guesses behind it."""
-        keep = self.tokens(dataclasses.replace(call, lengths=call.lengths - call.drafts))
+        keep = at_least(self.tokens, self.recent)(dataclasses.replace(call, lengths=call.lengths - call.drafts))
         call.store.state["drafts"] = call.drafts
         return keep + call.drafts
 
@@ -166,10 +172,9 @@ class PseudoTokens:
             times = -(-method.window // len(method.ids))
             ids = torch.tensor((method.ids * times)[: method.window], device=prompt.device)
             known = embed.num_embeddings  # type: ignore[attr-defined]
-            if not 0 <= int(ids.min()) <= int(ids.max()) < known:
-                raise OptionError(
-                    f"dapq: ids has {int(ids.max())}, but the model knows token ids from 0 to {known - 1}"
-                )
+            wrong = [i for i in method.ids if not 0 <= i < known]
+            if wrong:
+                raise OptionError(f"dapq: ids has {wrong[0]}, but the model knows token ids from 0 to {known - 1}")
             return embed(ids).expand(b, -1, -1)
         starts = [0] * b if valid is None else (length - valid.sum(1)).tolist()
         index = torch.stack([self._places(length - start) + start for start in starts]).to(prompt.device)  # [B, N]

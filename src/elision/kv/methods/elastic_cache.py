@@ -11,10 +11,11 @@ a whole token more than the share 1 - ratio of all tokens seen deletes the entry
 
 `mode="paper"` (default) is what the paper says: ranks. `mode="released"` is the released code with its defects, so that
 published baselines can be repeated: it compares the sorting permutation with `forget`, reads the merged vectors
-`start_size` places too early, deletes token 0 instead of merging when forget is 1, and takes deletion points below
+`start_size` places too early, deletes token 0 instead of merging when forget is 1 and keeps deleting the first token
+while decoding after a prompt of which nothing was merged (forget at most 1), and takes deletion points below
 `start_size` as they are (0 deletes the first token; -2 and less count from the end; -1 made its cache double and the
-next call fail, which is an error here). The release mixes up the rows of a batch; here rows are apart in both modes.
-In paper mode a deletion point below `start_size` is moved up to it. Where no anchor is left (a very high ratio), tokens
+next call fail, which is an error here). The release mixes up the rows of a batch; here rows are apart in both modes. In
+paper mode a deletion point below `start_size` is moved up to it. Where no anchor is left (a very high ratio), tokens
 are dropped; the release fails there.
 
 Not in the paper (inferred): a budget in tokens or bytes is kept to while decoding, too, instead of a share; a later
@@ -92,8 +93,8 @@ class ElasticCache(EvictingMethod):
         gone = forget + 1 if forget else 0
         if self.mode == "paper":
             point = max(point, self.start_size)
-        elif forget == 1:
-            gone, point = 1, 0
+        elif forget <= 1:  # the release sets its deletion point only where it merges
+            gone, point = forget, 0
         return n - min(gone, max(n - self.start_size - 1, 0)), point, 0.0 if room else share
 
 

@@ -10,7 +10,8 @@ the drop ratio of a layer. `elision.fit` averages these ratios over prompts (the
 files have one list per model and share, the code makes one list per prompt). After a prompt, round(ratio S) tokens of
 each layer go, halves to even; the first `start_size` and the last always stay. While decoding, a layer that holds a
 whole token more than its share of all tokens seen deletes the entry at its compressed length + `distance` (the middle
-of what it held if that is below 1).
+of what it held if that is below 1). As in the release, that place may lie among the first `start_size` tokens where
+these are several and little else stayed: they are protected when the prompt is cut, not while decoding.
 
 Ratios come from `ratios` (one per managed layer), from the `profile` that `fit` made, or, without either, from this
 prompt itself: then layers are cut when the last one is through, and until then all are held in full. A profile has the

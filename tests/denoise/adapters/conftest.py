@@ -1,0 +1,13 @@
+"""Fixtures of the adapter tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from elision.denoise.flops import FlopBook
+
+
+@pytest.fixture
+def no_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without FLOPs: counting them takes longer than a tiny run, and one test does it for every class."""
+    monkeypatch.setattr(FlopBook, "totals", lambda self: None)

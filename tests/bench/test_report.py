@@ -126,22 +126,26 @@ def test_outlines_follow_region_and_truth() -> None:
     assert tuple(pixels[64, 97]) == tuple(pixels[64, 127]) == (90, 220, 255)
 
 
-def test_videos_move_and_lie_in_order(subject: Subject) -> None:
+@pytest.fixture(scope="module")
+def videos(subject: Subject) -> Comparison:
     def frames(out: object) -> torch.Tensor:
         return torch.stack([images_of(out).roll(k, -1) for k in range(5)], 1).flatten(0, 1)
 
     mine = replace(subject, kind="video", read=frames, judge=None)
-    found = compare_denoise(mine, ["taylorseer:interval=3"], steps=6, seeds=1, controls=False, keep_images=4)
-    assert found.frames == 5
-    assert found.samples == "3 videos"
-    first = found.arms[0].images
+    return compare_denoise(mine, ["taylorseer:interval=3"], steps=6, seeds=1, controls=False, keep_images=4)
+
+
+def test_videos_move_and_lie_in_order(videos: Comparison) -> None:
+    assert videos.frames == 5
+    assert videos.samples == "3 videos"
+    first = videos.arms[0].images
     assert first is not None
     assert len(first) == 2 * 5  # half as many as images, all frames of each
-    text = render(found)
+    text = render(videos)
     moving = re.findall(r'class="moving" src="data:image/png;base64,([^"]+)"', text)
-    assert len(moving) == 2 * len(found.arms)
+    assert len(moving) == 2 * len(videos.arms)
     assert Image.open(io.BytesIO(base64.b64decode(moving[0]))).n_frames == 5  # type: ignore[attr-defined]
-    assert text.count('class="sheet"') == 2 * (2 * len(found.arms) - 1)  # frames of all, differences of all but one
+    assert text.count('class="sheet"') == 2 * (2 * len(videos.arms) - 1)  # frames of all, differences of all but one
 
 
 def test_sheets_hold_frames_row_by_row() -> None:
@@ -264,3 +268,21 @@ def test_the_report_fits_a_telephone(browser, page: Path) -> None:  # type: igno
     browser.set_window_size(500, 900)
     browser.get(page.as_uri())
     assert browser.execute_script("return document.body.scrollWidth <= window.innerWidth")
+
+
+@pytest.mark.parametrize("kind", ["videos", "edits"])
+def test_videos_and_edits_in_chromium(browser, request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:  # type: ignore[no-untyped-def]
+    page = write_report(request.getfixturevalue(kind), tmp_path / "report.html")
+    browser.set_window_size(1280, 1600)
+    browser.get(page.as_uri())
+    assert all(browser.execute_script("return [...document.images].map(i => i.complete && i.naturalWidth > 0)"))
+    widths = {
+        role: {image.size["width"] for image in browser.find_elements("css selector", f".samples tr.{role} img")}
+        for role in ("sample", "difference", "region", "reference")
+    }
+    if kind == "videos":
+        assert widths == {"sample": {76, 153}, "difference": {153}, "region": set(), "reference": set()}
+    else:
+        assert widths == {role: {128} for role in widths}
+    assert browser.execute_script("return document.body.scrollWidth <= window.innerWidth")
+    assert browser.get_log("browser") == []

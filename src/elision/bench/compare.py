@@ -57,7 +57,7 @@ def compare_denoise(
 
     Args:
         model: a zoo name, a hub id, a local path, a loaded pipeline or a `Subject`.
-        methods: texts like "taylorseer:interval=3", or "auto".
+        methods: texts like "taylorseer:interval=3", or "auto": what the subject names, or `AUTO`.
         steps: one number of steps or several; by default the model's own.
         seeds: how many, or which; by default 5. Of a policy, episodes of every task; by default 50.
         prompts: one per image of a batch. Of a policy, its tasks.
@@ -68,17 +68,23 @@ def compare_denoise(
         arguments: more keyword arguments of the pipeline's call.
         progress: told how many of how many runs are done, and what runs next.
     """
-    specs = parse_many(AUTO if methods == "auto" else methods)
+    specs = [] if methods == "auto" else parse_many(methods)
     if seeds is not None and not _seeds(seeds):
         raise OptionError("seeds=0 is out of range; it must be at least 1")
     subject = load_subject(model, prompts=prompts, batch=batch, guidance=guidance, arguments=dict(arguments or {}))
     if subject.kind == "policy":
         policy = importlib.import_module("elision.bench.policy")
-        chosen = parse_many(policy.AUTO) if methods == "auto" else specs
+        chosen = parse_many(subject.auto or policy.AUTO) if methods == "auto" else specs
+        others = [spec.label for spec in chosen if isinstance(spec.method, Peer)]
+        if others:
+            raise UnsupportedTarget(
+                f"{others[0]} has no place for a policy: other libraries cache pipelines of diffusers"
+            )
         episodes = _seeds(50 if seeds is None else seeds)
         return policy.compare(  # type: ignore[no-any-return]
             subject, chosen, steps=steps, seeds=episodes, controls=controls, progress=progress
         )
+    specs = parse_many(subject.auto or AUTO) if methods == "auto" else specs
     numbers = _seeds(5 if seeds is None else seeds)
     grids = [subject.steps] if steps is None else [steps] if isinstance(steps, int) else list(steps)
     if any(total < 1 for total in grids):

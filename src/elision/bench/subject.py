@@ -79,6 +79,7 @@ class Subject:
         masks: [B, H, W] bool, where an edit should change the image, or where the foreground is.
         grids: numbers of steps at which claims are tested.
         read: makes images [N, C, H, W] of the pipeline's output; by default `images_of`.
+        auto: methods that a comparison runs where none are named; by default those of `compare_denoise`.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Subject:
     masks: Tensor | None = None
     grids: tuple[int, ...] = (28, 50)
     read: Callable[[Any], Tensor] | None = None
+    auto: Sequence[str] = ()
 
     def sample(self, steps: int, seed: int) -> tuple[Tensor, float]:
         """Images [N, C, H, W] in [0, 1] drawn from the noise of `seed`, and the seconds it took.

@@ -17,6 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from elision.denoise.sites import Site
 
 _NO_HOOK = object()
+Counts = dict[str, int] | None
+# what is known of every denoiser: its modules when it was counted, and FLOPs by the shapes of a call
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[str, dict[str, Counts]]] = weakref.WeakKeyDictionary()
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -37,9 +40,10 @@ class FlopBook:
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
         self._numbers: dict[str, int] = {}
+        self._keys: list[str] = []
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._around: list[Around | None] = []
-        self._counts: dict[int, dict[str, int] | None] = {}
+        self._counts: dict[int, Counts] = {}
         self.calls: Counter[int] = Counter()
         self.cut: Counter[int] = Counter()
         self.ran: Counter[int] = Counter()
@@ -53,6 +57,7 @@ class FlopBook:
             self._numbers[key] = len(self._arguments)
             self._arguments.append(to_meta((args, kwargs)))
             self._around.append(around)
+            self._keys.append(key)
         return self._numbers[key]
 
     def clear(self) -> None:
@@ -65,10 +70,13 @@ class FlopBook:
         numbers = [*self.calls, *self.ran]
         model, todo = self._model(), [n for n in numbers if n not in self._counts]
         if todo:
-            skeleton = None if model is None else meta_skeleton(model)
-            for number in todo:
-                self._counts[number] = None if skeleton is None else self._count(skeleton, number)
-        counts = {n: known for n in numbers if (known := self._counts[n]) is not None}
+            known = {} if model is None else remembered(model)
+            missing = [n for n in todo if self._keys[n] not in known]
+            skeleton = None if model is None or not missing else meta_skeleton(model)
+            for number in missing:
+                known[self._keys[number]] = None if skeleton is None else self._count(skeleton, number)
+            self._counts.update({n: known[self._keys[n]] for n in todo})
+        counts = {n: mine for n in numbers if (mine := self._counts[n]) is not None}
         if len(counts) < len(set(numbers)):
             return None
         whole = sum(counts[n][""] * times for n, times in self.calls.items())
@@ -78,10 +86,21 @@ class FlopBook:
             elided += times * of_modules(counts[number], site.modules)
         return whole - elided, elided
 
-    def _count(self, skeleton: nn.Module, number: int) -> dict[str, int] | None:
+    def _count(self, skeleton: nn.Module, number: int) -> Counts:
         around, (args, kwargs) = self._around[number], self._arguments[number]
         with nullcontext() if around is None else around.on(skeleton):
             return count(skeleton, args, kwargs)
+
+
+def remembered(model: nn.Module) -> dict[str, Counts]:
+    """FLOPs of a denoiser that were counted before, by the shapes of the call; none if its modules have changed."""
+    shapes = (
+        (name, m, [p.shape for p in m._parameters.values() if p is not None]) for name, m in model.named_modules()
+    )
+    modules = repr([(name, type(m), mine) for name, m, mine in shapes])
+    if model not in _KNOWN or _KNOWN[model][0] != modules:
+        _KNOWN[model] = modules, {}
+    return _KNOWN[model][1]
 
 
 def to_meta(tree: Any) -> Any:
@@ -112,7 +131,7 @@ def meta_skeleton(model: nn.Module) -> nn.Module | None:
     return skeleton
 
 
-def count(skeleton: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int] | None:
+def count(skeleton: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Counts:
     """FLOPs of one call by module path ("" is the whole), None if the call cannot run without data."""
     counter = FlopCounterMode(display=False)
     try:

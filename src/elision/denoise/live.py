@@ -282,7 +282,7 @@ class LiveCalls:
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a call with live tokens, for counting its FLOPs.
+    """The shape of a call with live tokens, for counting its FLOPs; one of a book is told by its numbers.
 
     Attributes:
         adapter: of the denoiser.
@@ -291,7 +291,7 @@ class Shape:
         missing: that attention sees beside them.
     """
 
-    adapter: Adapter
+    adapter: Adapter = field(repr=False)
     live: int
     count: int
     missing: int

@@ -28,7 +28,7 @@ STATES = {
     "computed": "everything ran",
     "reused": "kept outputs stood in",
     "predicted": "forecasts stood in",
-    "mixed": "some sites ran, some did not",
+    "mixed": "some sites or tokens ran, some did not",
 }
 
 

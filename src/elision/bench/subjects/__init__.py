@@ -23,7 +23,7 @@ MODEL where the pipeline came from a folder. The `Subject` that is returned says
   Scores are named and higher is better; they become columns of the table, and claims ask for them with
   `Lab.score(method, steps, name)`, `Lab.score_plain` and `Lab.score_gain`.
 - **at what cost**: `steps` and `guidance` that the model is usually sampled with; `grids`, the numbers of steps that
-  claims are tested at.
+  claims are tested at; `auto`, the methods that a comparison runs where none are named.
 
 The *predicted* region of an edit comes from the method: what its run shows in `RunRecord.extra` under "mask", rows of
 0 and 1 for the tokens of every image (`elision.bench.measure.regions_of`). The report lays it over the sample, with the

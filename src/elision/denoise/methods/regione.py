@@ -248,7 +248,7 @@ class Regions(Schedule, Decay):
         return kept if mask is None else (*kept, mask)
 
     def extra(self) -> dict[str, Any]:
-        """The region of every image, and what every step was."""
+        """The region of every image, and the thresholds."""
         if self.mask is None:
             return {}
         shown = {"grid": list(self.grid), "mask": as_rows(self.mask, self.grid)}

@@ -8,36 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import Tensor, nn
 
 import elision
-from elision.denoise.engine import DenoiseApplied
-from elision.denoise.flops import FlopBook
 from elision.denoise.methods.regione import PRESETS, Course, RegionE, decays, factor
 from elision.denoise.report import DenoiseReport
 from elision.errors import OptionError, ProfileError, UnsupportedTarget
 from tests.conformance.settings import GAMMAS, STEPS
-from tests.golden import Case, cases
+from tests.denoise.editors import Editor, Table, applied
 from tests.models import Loop, draw
-
-GOLDEN = cases("regione")
-NAMES = {
-    "FluxKontext": "kontext",
-    "Step1XEdit": "step1x-v1p1",
-    "Step1XEditV1P2": "step1x-v1p2",
-    "QwenImageEdit": "qwen",
-    "QwenImageEditPlus": "qwen-2509",
-}
-
-
-@pytest.fixture(autouse=True)
-def no_flops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting FLOPs takes longer than a tiny run; the conformance tests check them."""
-    monkeypatch.setattr(FlopBook, "totals", lambda self: None)
-
-
-# -- the table of decisions ------------------------------------------------------------------------------------------
 
 
 def test_the_course_of_the_paper() -> None:
@@ -49,29 +28,6 @@ def test_the_course_of_the_paper() -> None:
     for whole in (Course(28, 28, 2, (15,)), Course(28, 26, 2, (15,)), Course(8, 1, 9, ())):
         assert whole.jumps == {}
         assert not any(whole.is_region(n) for n in range(whole.total))
-
-
-RUNS = GOLDEN["decay_cache_default"].options["runs"]
-
-
-@pytest.mark.parametrize("which", range(len(RUNS)))
-def test_the_official_decisions_and_factors(which: int) -> None:
-    """All five tables on two grids."""
-    case, about = GOLDEN["decay_cache_default"], RUNS[which]
-    preset = PRESETS[NAMES[about["gamma_table"]]]
-    assert list(preset.gammas) == about["gamma_fp16"]
-    assert [g / 1e4 for g in preset.table] == pytest.approx(about["gamma"])
-    assert preset.delta == about["delta"]
-    sigmas = case[about["sigmas_tensor"]].double().tolist()
-    found = decays(sigmas, preset.gammas, Course(28, 6, 2, (15,)), about["delta"])
-    for rule, name in (("last", "factor"), ("product", "factor_product")):
-        mine = torch.tensor([factor(found, n, rule) for n in range(28)])  # type: ignore[arg-type]
-        assert torch.allclose(mine, case[f"{name}_{which}"], **case.tolerance)
-        assert [decay is None for decay in found] == (case[f"{name}_{which}"] == 1).tolist()
-
-
-def test_every_published_table_is_recorded() -> None:
-    assert {NAMES[about["gamma_table"]] for about in RUNS} == set(PRESETS)
 
 
 @pytest.mark.parametrize("delta", [0.0, 0.01, 0.04, 0.2])
@@ -94,143 +50,6 @@ def test_decays_by_a_scalar_simulation(delta: float) -> None:
             assert factor(found, n, "last") == pytest.approx(d if reuse else 1.0)
             assert 1 - scale <= delta + 1e-12
         assert delta or found == [None] * 20
-
-
-# -- whole runs over tables of velocities ----------------------------------------------------------------------------
-
-
-class Table(FluxTransformer2DModel):  # type: ignore[misc]
-    """Velocities from a function of the step and the tokens that the network is given, by their positions."""
-
-    def __init__(self, velocity: Callable[[float, Tensor, Tensor], Tensor], width: int) -> None:
-        nn.Module.__init__(self)
-        self.transformer_blocks = nn.ModuleList()
-        self.single_transformer_blocks = nn.ModuleList()
-        self.velocity, self.width = velocity, width
-        self.calls: list[tuple[float, int]] = []
-
-    def forward(  # type: ignore[no-untyped-def]
-        self, hidden_states, encoder_hidden_states=None, timestep=None, img_ids=None, txt_ids=None, return_dict=True
-    ):
-        noise = img_ids[:, 0] == 0
-        where = (img_ids[:, 1] * self.width + img_ids[:, 2]).long()[noise]
-        self.calls.append((float(timestep[0]), int(noise.sum())))
-        out = torch.zeros_like(hidden_states)
-        out[:, noise] = self.velocity(float(timestep[0]), where, hidden_states[:, noise])
-        return (out,)
-
-
-class Editor:
-    """An editing pipeline in miniature around any Flux-like denoiser; returns the latents after every step."""
-
-    def __init__(
-        self, model: nn.Module, x: Tensor, ref: Tensor, grid: tuple[int, int], sigmas: Any, **call: Any
-    ) -> None:
-        self.transformer, self.scheduler = model, FlowMatchEulerDiscreteScheduler()
-        self.x, self.ref, self.sigmas, self.call = x, ref, sigmas, call
-        sides = [torch.arange(n).float() for n in (2, *grid)]
-        self.ids = torch.cartesian_prod(*sides)
-
-    @torch.no_grad()
-    def __call__(self) -> Tensor:
-        x, seen = self.x, []
-        self.scheduler.set_timesteps(sigmas=[float(s) for s in self.sigmas[:-1]])
-        for t in self.scheduler.timesteps:
-            v = self.transformer(
-                hidden_states=torch.cat([x, self.ref], 1),
-                timestep=(t / 1000).expand(1),
-                img_ids=self.ids,
-                return_dict=False,
-                **self.call,
-            )[0][:, : x.shape[1]]
-            x = self.scheduler.step(v, t, x, return_dict=False)[0]
-            seen.append(x)
-        return torch.cat(seen)
-
-
-def step_of(time: float, sigmas: Tensor) -> int:
-    return int((sigmas - time).abs().argmin())
-
-
-def applied(target: Any, **options: Any) -> DenoiseApplied:
-    run = elision.apply(target, "regione", **options)
-    assert isinstance(run, DenoiseApplied)
-    return run
-
-
-def table(case: Case, part: str, about: dict[str, Any]) -> tuple[Editor, Table]:
-    grid, sigmas, velocity = tuple(about["grid"]), case[f"{part}sigmas"], case[f"{part}velocity"]
-    model = Table(lambda time, where, x: velocity[step_of(time, sigmas), where][None], grid[1])
-    return Editor(model, case[f"{part}x"], case[f"{part}ref"], grid, sigmas), model
-
-
-PARTS = [("sampler_default", ""), ("sampler_edge_cases", "empty_edit."), ("sampler_edge_cases", "forced_two_no_post.")]
-
-
-@pytest.mark.parametrize("rule", ["last", "product"])
-@pytest.mark.parametrize(("name", "part"), PARTS)
-def test_the_official_sampling_loops(name: str, part: str, rule: str) -> None:
-    """Latents after every step, which steps call the network, and with how many tokens."""
-    case = GOLDEN[name]
-    about = case.options[part[:-1]] if part else case.options
-    expected = case.expected[part[:-1]] if part else case.expected
-    editor, model = table(case, part, about)
-    with applied(
-        editor,
-        preset=NAMES[about["gamma_table"]],
-        eta=about["eta"],
-        delta=about["delta"],
-        warmup_steps=about["warmup"],
-        post_steps=about["post"],
-        forced=about["forced"],
-        factor=rule,
-        keep_kv=False,
-    ) as run:
-        out = editor()
-    want = case[f"{part}latents" if rule == "last" else f"{part}latents_product"]
-    assert torch.allclose(out, want, **case.tolerance)
-    calls = list(zip(expected["network_calls"], expected["tokens_per_call"], strict=True))
-    calls = [(n, tokens) for n, tokens in calls if tokens]  # with nothing edited the network is not called
-    assert [(step_of(t, case[f"{part}sigmas"]), tokens) for t, tokens in model.calls] == calls
-    (shown,) = run.report().last.extra.values()  # type: ignore[union-attr]
-    assert torch.tensor(shown["mask"]).flatten().nonzero().flatten().tolist() == case[f"{part}edited"].tolist()
-
-
-@pytest.mark.parametrize("rule", ["last", "product"])
-def test_the_official_run_of_a_whole_transformer(rule: str) -> None:
-    case = GOLDEN["e2e_tiny_flux"]
-    about = case.options
-    config = {k: v for k, v in about["transformer"].items() if k != "cls"}
-    model = FluxTransformer2DModel(**{**config, "axes_dims_rope": tuple(config["axes_dims_rope"])})
-    model.load_state_dict({k[6:]: v for k, v in case.tensors.items() if k.startswith("model.")})
-    editor = Editor(
-        model.requires_grad_(False),
-        case["x"],
-        case["ref"],
-        tuple(about["grid"]),
-        case["sigmas"],
-        guidance=torch.tensor([about["guidance"]]),
-        pooled_projections=case["pooled"],
-        encoder_hidden_states=case["prompt_embeds"],
-        txt_ids=torch.zeros(about["text_tokens"], 3),
-    )
-    calls: list[tuple[int, int]] = []
-    model.x_embedder.register_forward_hook(lambda m, a, o: calls.append((editor.scheduler.step_index, o.shape[1])))
-    with applied(editor, preset="kontext", eta=about["eta"], delta=about["delta"], factor=rule) as run:
-        editor.scheduler.set_begin_index(0)
-        out = editor()
-    want = case["latents" if rule == "last" else "latents_product"]
-    assert torch.allclose(out, want, **case.tolerance)
-    assert [tokens for _, tokens in calls] == case.expected["sequence_per_call"]
-    report = run.report()
-    assert report.last is not None
-    assert report.strip() == "CCCCCCmpppmppppCpppppmpmmmCC"
-    computed = [step.n for step in report.last.steps if step.state in ("computed", "mixed")]
-    assert computed == case.expected["network_calls"]
-    assert report.last.extra["regione"]["edited"] == [len(case["edited"])]
-
-
-# -- closed forms ----------------------------------------------------------------------------------------------------
 
 
 def course_editor(velocity: Callable[[float, Tensor, Tensor], Tensor], steps: int = 12) -> tuple[Editor, Table]:
@@ -274,8 +93,6 @@ def test_gamma_one_is_reuse_of_the_residual() -> None:
     assert torch.allclose(out, x[0], atol=1e-5)
     assert len(model.calls) == sum(letter != "p" for letter in strip)
 
-
-# -- limits ----------------------------------------------------------------------------------------------------------
 
 quiet = pytest.mark.filterwarnings("ignore::elision.errors.ElisionWarning")
 
@@ -330,9 +147,6 @@ def test_a_region_of_nothing_never_calls_the_network_between_full_steps() -> Non
     assert len(ran) == 2 * 4
     assert run.report().strip() == "CCppCppC"
     assert run.report().reasons()["regione"]["nothing is edited"] == 4
-
-
-# -- batches and guidance --------------------------------------------------------------------------------------------
 
 
 class Pictures(Loop):
@@ -391,9 +205,6 @@ def test_equal_regions_go_through_the_network_together() -> None:
     with applied(loop, delta=0, eta=2, warmup_steps=1, forced=()):
         loop(steps=4, batch=3)
     assert rows == [3, 3, 3, 3]
-
-
-# -- what it says and refuses ----------------------------------------------------------------------------------------
 
 
 def test_the_report_shows_the_region() -> None:

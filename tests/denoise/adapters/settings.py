@@ -14,7 +14,8 @@ from elision.profile import Profile, fingerprint
 from tests.denoise.adapters.subjects import ClassLoop
 from tests.denoise.adapters.table import SUBJECTS
 
-STEPS = 5
+STEPS = 4
+LONG = 5  # what curvature, or a region between full steps, takes
 Options = dict[str, Any]
 
 
@@ -25,12 +26,14 @@ class Setting(NamedTuple):
         level: the site.
         limit: options under which every step is computed.
         active: options under which some are not.
+        steps: of a run.
     """
 
     method: str
     level: str
     limit: Options
     active: Options
+    steps: int = STEPS
 
 
 _ALL = tuple(range(1, STEPS))
@@ -47,12 +50,17 @@ SETTINGS: tuple[Setting, ...] = (
         "model",
         {"threshold": 0.0, "warmup_steps": 2, "site": "model"},
         {"threshold": 1e9, "warmup_steps": 3, "n_max": 2, "site": "model"},
+        LONG,
     ),
     Setting("random_skip", "model", {"rate": 0.0}, {"rate": 1.0, "warmup_steps": 2}),
     Setting("stale", "model", {"interval": 1}, {"interval": 3}),
     Setting("uniform", "model", {"interval": 1, "site": "model"}, {"interval": 2, "site": "model"}),
     Setting(
-        "worldcache", "head", {"threshold": 0.0, "warmup_steps": 2}, {"threshold": 1e9, "warmup_steps": 3, "n_max": 2}
+        "worldcache",
+        "head",
+        {"threshold": 0.0, "warmup_steps": 2},
+        {"threshold": 1e9, "warmup_steps": 3, "n_max": 2},
+        LONG,
     ),
     Setting("taylorseer", "head", {"interval": 1, "site": "head"}, {"interval": 3, "first_enhance": 2, "site": "head"}),
     Setting(
@@ -70,8 +78,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "regione",
         "kv",
-        {"delta": 0, "warmup_steps": STEPS},
-        {"gammas": (1.0,) * (STEPS - 1), "delta": 0.25, "eta": 0.7, "warmup_steps": 2, "post_steps": 1, "forced": ()},
+        {"delta": 0, "warmup_steps": LONG},
+        {"gammas": (1.0,) * (LONG - 1), "delta": 0.25, "eta": 0.7, "warmup_steps": 2, "post_steps": 1, "forced": ()},
+        LONG,
     ),
     Setting("bac", "branch", {"num_caches": STEPS}, {"num_caches": 2, "union_blocks": 1}),
     Setting("taylorseer", "branch", {"interval": 1}, {"interval": 3, "first_enhance": 2}),
@@ -91,11 +100,11 @@ def able(subject: str, setting: Setting) -> bool:
     return setting.level in adapter.levels and not (needs_indicator and adapter.modulated is None)
 
 
-def apply(loop: ClassLoop, method: str, options: Options, **settings: Any) -> DenoiseApplied:
+def apply(loop: ClassLoop, method: str, options: Options, steps: int = STEPS, **settings: Any) -> DenoiseApplied:
     """`elision.apply`, with a profile of one run where one is wanted."""
     profile: Profile | None = None
     if create(method, **options).wants_profile:
-        found = elision.fit(loop, method, calls=[{"steps": STEPS, "mode": "batched"}], **options)
+        found = elision.fit(loop, method, calls=[{"steps": steps, "mode": "batched"}], **options)
         profile = replace(found, fingerprint=fingerprint(method, loop.model, loop.scheduler))
     applied = elision.apply(loop, method, profile=profile, **settings, **options)
     assert isinstance(applied, DenoiseApplied)

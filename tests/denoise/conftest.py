@@ -1,4 +1,4 @@
-"""Fixtures of the adapter tests."""
+"""Fixtures of the denoise tests."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from elision.denoise.flops import FlopBook
 
 @pytest.fixture
 def no_flops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports without FLOPs: counting them takes longer than a tiny run, and one test does it for every class."""
+    """Reports without FLOPs: counting them takes longer than a tiny run."""
     monkeypatch.setattr(FlopBook, "totals", lambda self: None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers.cache_utils import DynamicCache
@@ -141,3 +143,16 @@ def test_batches_hold_prompts_of_one_shape(tiny: LanguageSubject) -> None:
     groups = list(measure.batches(made, rows=2))
     assert sum(len(g) for g in groups) == 10
     assert all(len({p.shape for p in g}) == 1 and len(g) <= 2 for g in groups)
+
+
+def test_bytes_of_wrapped_tensors_are_those_of_their_parts() -> None:
+    """As in quanto: a tensor that holds codes (wrapped once more), scales and shifts; many of them, none forgotten."""
+
+    def wrapped() -> SimpleNamespace:
+        outer, codes = torch.zeros(0), torch.zeros(0, dtype=torch.uint8)
+        codes._data = torch.zeros(64, dtype=torch.uint8)  # type: ignore[attr-defined]
+        outer._data, outer._scale, outer._shift = codes, torch.zeros(4), torch.zeros(4)  # type: ignore[attr-defined]
+        return SimpleNamespace(keys=torch.zeros(2, 8), quantized=outer, again=outer)
+
+    found = list(measure._tensors([wrapped() for _ in range(20)]))
+    assert sum(t.untyped_storage().nbytes() for t in found) == 20 * (64 + 2 * 16 + 64)

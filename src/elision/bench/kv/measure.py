@@ -239,7 +239,8 @@ def _tensors(value: Any, seen: set[int] | None = None) -> Iterable[Tensor]:
     if isinstance(value, Tensor):
         inner = [getattr(value, name) for name in ("_data", "_scale", "_shift") if hasattr(value, name)]
         if inner:
-            yield from _tensors(inner, seen)
+            for part in inner:  # not the list, which is gone at once, so that another object may get its id
+                yield from _tensors(part, seen)
         elif value.untyped_storage().data_ptr() not in seen:
             seen.add(value.untyped_storage().data_ptr())
             yield value

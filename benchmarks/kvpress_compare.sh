@@ -13,7 +13,7 @@ folder=${1:?give a folder for the environment of kvpress}
 shift
 if [ ! -x "$folder/bin/python" ]; then
   python3 -m venv "$folder"
-  "$folder/bin/pip" install --quiet --extra-index-url https://download.pytorch.org/whl/cpu torch kvpress
+  "$folder/bin/pip" install --quiet "torch==2.13.0" "kvpress==0.5.5"
 fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

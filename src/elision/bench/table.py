@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -72,14 +73,7 @@ def comparison_table(comparison: Comparison, steps: int, width: int | None = Non
         box=box.SIMPLE_HEAD,
         padding=(0, 1),
     )
-    for name in columns:
-        table.add_column(name, justify="left" if name == "" else "right", no_wrap=name != "", overflow="fold")
-    last = rows[0].kind
-    for row, text in zip(rows, texts, strict=True):
-        if row.kind != last:
-            table.add_section()
-        last = row.kind
-        table.add_row(*(text[name] for name in columns), style=_STYLES[row.kind])
+    fill(table, columns, [(row.kind, text, _STYLES[row.kind]) for row, text in zip(rows, texts, strict=True)])
     return table
 
 
@@ -89,3 +83,15 @@ _DISPENSABLE = ("calls", "to real", "seconds", "SSIM", "distance", "peak held", 
 def width_of(columns: list[str], texts: list[dict[str, str]]) -> int:
     """Letters of a line: every column as wide as its longest cell, with padding, dividers and both edges."""
     return sum(max(len(name), *(len(text[name]) for text in texts)) + 3 for name in columns) + 1
+
+
+def fill(table: Table, columns: Sequence[str], lines: Iterable[tuple[str, Mapping[str, str], str]]) -> None:
+    """Add the columns, the first of them without a name, and the lines: kind, cells and style; kinds are set apart."""
+    for name in columns:
+        table.add_column(name, justify="left" if name == "" else "right", no_wrap=name != "", overflow="fold")
+    last = ""
+    for kind, text, style in lines:
+        if last not in ("", kind):
+            table.add_section()
+        last = kind
+        table.add_row(*(text[name] for name in columns), style=style)

@@ -86,3 +86,4 @@ def test_the_model_is_clean_after_every_request(tiny: LanguageSubject, lm_eval: 
     made.generate_until([SimpleNamespace(args=(CONTEXT, {"max_gen_toks": 2}))])
     with elision.apply(tiny.model, "window", budget=4) as run:  # nothing else is applied any more
         tiny.model(tiny.tensor([tiny.encode(CONTEXT)]), past_key_values=run.cache())  # type: ignore[attr-defined]
+        assert run.report().bytes_held > 0

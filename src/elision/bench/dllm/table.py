@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
-from elision.bench.table import optional, size, width_of
+from elision.bench.table import fill, optional, size, width_of
 
 if TYPE_CHECKING:
     from elision.bench.dllm.summary import DllmComparison, DllmRow
@@ -65,12 +65,5 @@ def comparison_table(comparison: DllmComparison, length: int, width: int | None 
         box=box.SIMPLE_HEAD,
         padding=(0, 1),
     )
-    for name in columns:
-        table.add_column(name, justify="left" if name == "" else "right", no_wrap=name != "", overflow="fold")
-    last = rows[0].kind
-    for row, text in zip(rows, texts, strict=True):
-        if row.kind != last:
-            table.add_section()
-        last = row.kind
-        table.add_row(*(text[name] for name in columns), style=_STYLES[row.kind])
+    fill(table, columns, [(row.kind, text, _STYLES[row.kind]) for row, text in zip(rows, texts, strict=True)])
     return table
